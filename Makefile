@@ -1,0 +1,34 @@
+# `make demo` and `make test` are the two commands; both make .venv and install what is missing first.
+PYTHON ?= python3
+# Extra pip arguments, e.g. PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple"
+PIP_ARGS ?=
+BIN := .venv/bin
+
+.PHONY: demo test test-slow bench lint clean
+
+demo: .venv/ready
+	$(BIN)/shiq-lab selftest
+
+test: .venv/ready
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/ready
+	$(BIN)/python -m pytest -m slow
+
+bench: .venv/ready
+	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) -e ".[bench]"
+	$(BIN)/shiq-lab bench
+
+lint: .venv/ready
+	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) -e ".[dev]"
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# torch by name and first: constraints.txt pins a release for which pip takes a CPU wheel where the index offers one.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS) torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e ".[test]"
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,343 @@
+"""TokenMDP: a finite automaton over tokens, each state owned by the policy or by the environment.
+
+Prompts, turns and tool replies are environment states; everything else the policy says. The arrays are the whole truth:
+solving, listing, sampling, playing and training read these and nothing else.
+"""
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from shiq_lab.errors import bad
+from shiq_lab.graph import Bools, Floats, Ints, reachable_from, reaches
+
+# float64 log-softmax over V tokens sums to 1 within V * eps: 1.1e-11 at V = 49,152; anything beyond 1e-9 was never normalised.
+PROBABILITY_TOLERANCE = 1e-9
+FORMAT = "shiq_lab.TokenMDP/1"
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMDP:
+    """A token MDP as arrays; next_state, reward and ref_logits are [S, V].
+
+    next_state  int      successor, -1 = the episode ends
+    reward      float    of a policy token (0 in environment states)
+    ref_logits  float    policy states: reference logits, -inf = forbidden; environment states: log-probabilities
+    is_policy   bool[S]  default: all True
+    start       int      the root; random prompts are environment states under it
+    horizon     int      the episode terminates after so many policy tokens; None = never
+    tokens      V strings to show; name: what messages call it
+
+    Where a token is forbidden or has probability 0, next_state and reward are ignored: they are no edges. Raises
+    ValueError, naming the argument and the place, for anything that is not such an automaton.
+    """
+
+    next_state: Ints
+    reward: Floats
+    ref_logits: Floats
+    is_policy: Bools = None  # type: ignore[assignment]  # None only on the way in
+    start: int = 0
+    horizon: int | None = None
+    tokens: tuple[str, ...] | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        next_state = _integers("next_state", self.next_state)
+        if next_state.ndim != 2 or 0 in next_state.shape:
+            raise bad("next_state", "an array [S, V] with S >= 1 and V >= 1", f"shape {next_state.shape}")
+        S, V = next_state.shape
+        reward = _floats("reward", self.reward, (S, V))
+        ref_logits = _floats("ref_logits", self.ref_logits, (S, V)).copy()
+        is_policy = _mask("is_policy", np.ones(S, bool) if self.is_policy is None else self.is_policy, S)
+        _check_logits(ref_logits, is_policy)
+        ref_logits[(ref_logits < -700) & ~is_policy[:, None]] = -np.inf  # exp underflows: a reply of probability 0
+        allowed = ref_logits > -np.inf
+        _check_edges(next_state, reward, allowed, is_policy)
+        start = _index("start", self.start, S)
+        if self.horizon is not None and (not _is_int(self.horizon) or self.horizon < 1):
+            raise bad("horizon", "a whole number of policy tokens >= 1, or None", repr(self.horizon))
+        fields = {
+            "next_state": _frozen(np.where(allowed, next_state, -1)),
+            "reward": _frozen(np.where(allowed, reward, 0.0)),
+            "ref_logits": _frozen(ref_logits),
+            "is_policy": _frozen(is_policy),
+            "start": start,
+            "horizon": None if self.horizon is None else int(self.horizon),
+            "tokens": _token_names(self.tokens, V),
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)  # the dataclass is frozen for everybody else
+        self._check_environment_loops()
+
+    # ------------------------------------------------------------------------------------------------- views
+    @property
+    def n_states(self) -> int:
+        return int(self.next_state.shape[0])
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.next_state.shape[1])
+
+    @cached_property
+    def allowed(self) -> Bools:
+        """bool[S, V]: the edges (a policy token that is not forbidden, a reply of probability > 0)."""
+        return _frozen(self.ref_logits > -np.inf)
+
+    @cached_property
+    def ref_logsumexp(self) -> Floats:
+        """float[S]: ln sum_a exp ref_logits(s, a), the level of the reference logits."""
+        top = self.ref_logits.max(1, keepdims=True)
+        return _frozen(np.log(np.exp(self.ref_logits - top).sum(1)) + top[:, 0])
+
+    @cached_property
+    def ref_log_policy(self) -> Floats:
+        """float[S, V]: ln pi_ref in policy states, the environment's own log-probabilities elsewhere."""
+        return _frozen(self.ref_logits - np.where(self.is_policy, self.ref_logsumexp, 0.0)[:, None])
+
+    @cached_property
+    def reachable(self) -> Bools:
+        """bool[S]: states that some string of allowed tokens leads to from the start (a horizon is not looked at)."""
+        return _frozen(reachable_from(self.start, self.next_state, self.allowed))
+
+    @cached_property
+    def deterministic(self) -> bool:
+        """True where no environment state draws a random token after the first action; random prompts do no harm."""
+        acted = self.reachable & self.is_policy
+        after = np.unique(self.next_state[acted])
+        seen = np.zeros(self.n_states, dtype=bool)
+        for state in after[after >= 0]:  # each search stops at what an earlier one saw
+            if not seen[state]:
+                seen |= reachable_from(int(state), self.next_state, self.allowed & ~seen[:, None])
+        return not (seen & ~self.is_policy & (self.allowed.sum(1) > 1)).any()
+
+    def token(self, token: int | str) -> int:
+        """The id of a token given by id or by its string."""
+        if isinstance(token, str):
+            if self.tokens is None or token not in self.tokens:
+                raise bad("token", f"one of {list(self.tokens or ())}", repr(token), "Or give its id.")
+            return self.tokens.index(token)
+        return _index("token", token, self.n_tokens)
+
+    def show(self, token: int) -> str:
+        """The token's string, or its number where the automaton names none."""
+        return self.tokens[token] if self.tokens else str(token)
+
+    def place(self, state: int, token: int | None = None) -> str:
+        """'state 3, token 5 ("b")': how messages point at an entry."""
+        if token is None:
+            return f"state {state}"
+        return f"state {state}, token {token}" + (f" ({self.tokens[token]!r})" if self.tokens else "")
+
+    # -------------------------------------------------------------------------------------------- new from old
+    def with_prompt(self, token: int | str) -> "TokenMDP":
+        """The same automaton under a new environment root that always says `token` (a beginning of sequence).
+
+        Batches, causal language models and gymnasium need one: nothing scores a row's first token. Values do not change.
+        """
+        chosen, S, V = self.token(token), self.n_states, self.n_tokens
+        root = np.full((1, V), -np.inf)
+        root[0, chosen] = 0.0
+        return replace(
+            self,
+            next_state=np.concatenate([self.next_state, np.full((1, V), self.start)]),
+            reward=np.concatenate([self.reward, np.zeros((1, V))]),
+            ref_logits=np.concatenate([self.ref_logits, root]),
+            is_policy=np.append(self.is_policy, False),
+            start=S,
+        )
+
+    def unroll(self, horizon: int | None = None) -> "TokenMDP":
+        """The automaton without a horizon whose state t * S + s is "in s after t policy tokens"; t < horizon.
+
+        A policy token leads one layer down, an environment token stays in its layer. The optimal logits of an automaton
+        with loops and a horizon depend on t: a table that is to hold them needs this form.
+        """
+        steps = self.horizon if horizon is None else horizon
+        if steps is None or not _is_int(steps) or steps < 1:
+            raise bad(
+                "horizon", "a whole number >= 1 (the automaton has none of its own)", repr(steps), "unroll(horizon=8)"
+            )
+        if self.horizon is not None and steps > self.horizon:
+            raise bad("horizon", f"at most the automaton's own {self.horizon}", repr(steps))
+        S = self.n_states
+        layer = np.arange(steps)[:, None, None]
+        follow = np.where(self.is_policy[:, None], layer + 1, layer) * S + self.next_state  # (T, S, V)
+        follow = np.where((self.next_state < 0) | (follow >= steps * S), -1, follow)
+        tile = lambda x: np.concatenate([x] * steps)  # noqa: E731
+        return replace(
+            self,
+            next_state=follow.reshape(steps * S, -1),
+            reward=tile(self.reward),
+            ref_logits=tile(self.ref_logits),
+            is_policy=tile(self.is_policy),
+            horizon=None,
+        )
+
+    # ------------------------------------------------------------------------------------------------ on disk
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an .npz without pickle; the file appears whole or not at all."""
+        path = Path(path)
+        meta = {
+            "format": FORMAT,
+            "start": self.start,
+            "horizon": self.horizon,
+            "tokens": self.tokens,
+            "name": self.name,
+        }
+        buffer = io.BytesIO()
+        arrays = {key: getattr(self, key) for key in ("next_state", "reward", "ref_logits", "is_policy")}
+        np.savez_compressed(buffer, meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8), **arrays)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_bytes(buffer.getvalue())
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "TokenMDP":
+        """Read what `save` wrote. Raises ValueError for a damaged or foreign file, FileNotFoundError for none."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                if not isinstance(file, np.lib.npyio.NpzFile) or "meta" not in file:
+                    raise bad("path", "a file written by TokenMDP.save", f"a foreign file {str(path)!r}")
+                meta = json.loads(bytes(file["meta"]))
+                if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+                    raise bad("path", f"a file of format {FORMAT!r}", f"a foreign file {str(path)!r}")
+                fields: dict[str, Any] = {k: file[k] for k in ("next_state", "reward", "ref_logits", "is_policy")}
+                fields |= {k: meta[k] for k in ("start", "horizon", "tokens", "name")}
+        except FileNotFoundError:
+            raise
+        except (OSError, EOFError, KeyError, zipfile.BadZipFile, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise bad(
+                "path", "a file written by TokenMDP.save", f"a damaged or foreign file {str(path)!r} ({error})"
+            ) from error
+        except ValueError as error:
+            if str(error).startswith("path:"):
+                raise
+            raise bad(
+                "path", "a file written by TokenMDP.save", f"a damaged or foreign file {str(path)!r} ({error})"
+            ) from error
+        return cls(**fields)
+
+    def _check_environment_loops(self) -> None:
+        """A loop of environment states alone is never discounted and no horizon ends it: some way out must exist."""
+        environment = ~self.is_policy
+        if not environment.any():
+            return
+        out = np.append(self.is_policy, True)[self.next_state] & self.allowed
+        stuck = environment & ~reaches(self.next_state, self.allowed & environment[:, None], environment & out.any(1))
+        if stuck.any():
+            raise bad(
+                "next_state",
+                "every loop of environment states to be left with probability 1",
+                f"environment state {int(np.argmax(stuck))}, from which neither the policy nor the end can be reached",
+            )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _index(name: str, value: object, size: int) -> int:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 0 <= value < size:
+        raise bad(name, f"a whole number from 0 to {size - 1}", repr(value))
+    return int(value)
+
+
+def _frozen(array: Any) -> Any:
+    array = np.ascontiguousarray(array)
+    array.setflags(write=False)
+    return array
+
+
+def _array(name: str, value: ArrayLike) -> Any:
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise bad(name, "a rectangular array", f"a ragged one ({error})") from error
+
+
+def _integers(name: str, value: ArrayLike) -> Ints:
+    array = _array(name, value)
+    if array.dtype.kind not in "iu":
+        raise bad(name, "integers", f"dtype {array.dtype}")
+    return array.astype(np.int64)
+
+
+def _floats(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Floats:
+    array = _array(name, value)
+    if array.dtype.kind not in "iufb":
+        raise bad(name, "real numbers", f"dtype {array.dtype}")
+    if array.shape != shape:
+        raise bad(name, f"shape {shape}, as next_state", f"shape {array.shape}")
+    return array.astype(np.float64)
+
+
+def _mask(name: str, value: ArrayLike, size: int) -> Bools:
+    array = _array(name, value)
+    if array.dtype != bool or array.shape != (size,):
+        raise bad(name, f"booleans of shape ({size},)", f"dtype {array.dtype}, shape {array.shape}")
+    return array.copy()
+
+
+def _token_names(tokens: Sequence[str] | None, size: int) -> tuple[str, ...] | None:
+    if tokens is None:
+        return None
+    if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
+        raise bad("tokens", f"a sequence of {size} strings", repr(tokens)[:80])
+    if len(tokens) != size:
+        raise bad("tokens", f"{size} strings, one a token", f"{len(tokens)}")
+    return tuple(tokens)
+
+
+def _first(mask: Bools) -> str:
+    """Where the first true entry of a [S, V] mask sits."""
+    state, token = np.unravel_index(int(np.argmax(mask)), mask.shape)
+    return f"state {state}, token {token}"
+
+
+def _check_logits(ref_logits: Floats, is_policy: Bools) -> None:
+    for mask, what in ((np.isnan(ref_logits), "NaN"), (ref_logits == np.inf, "+inf")):
+        if mask.any():
+            raise bad("ref_logits", "finite numbers, or -inf where a token is forbidden", f"{what} at {_first(mask)}")
+    dead = ~(ref_logits > -np.inf).any(1)
+    if dead.any():
+        owner = "policy" if is_policy[int(np.argmax(dead))] else "environment"
+        raise bad(
+            "ref_logits", "at least one allowed token in every row", f"none in {owner} state {int(np.argmax(dead))}"
+        )
+    total = np.exp(np.minimum(ref_logits[~is_policy], 700)).sum(1)
+    wrong = np.abs(total - 1) > PROBABILITY_TOLERANCE
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        state = int(np.flatnonzero(~is_policy)[row])
+        raise bad(
+            "ref_logits",
+            "log-probabilities that sum to 1 in every environment state",
+            f"a sum of {total[row]:.12g} in state {state}",
+            "Subtract the log-sum-exp of the row.",
+        )
+
+
+def _check_edges(next_state: Ints, reward: Floats, allowed: Bools, is_policy: Bools) -> None:
+    S = len(next_state)
+    outside = allowed & ((next_state < -1) | (next_state >= S))
+    if outside.any():
+        value = next_state[np.unravel_index(int(np.argmax(outside)), outside.shape)]
+        raise bad("next_state", f"a state from 0 to {S - 1}, or -1 for the end", f"{value} at {_first(outside)}")
+    broken = allowed & ~np.isfinite(reward)
+    if broken.any():
+        value = reward[np.unravel_index(int(np.argmax(broken)), broken.shape)]
+        raise bad("reward", "finite numbers", f"{value} at {_first(broken)}", "Forbid a token with ref_logits = -inf.")
+    paid = allowed & (reward != 0) & ~is_policy[:, None]
+    if paid.any():
+        raise bad(
+            "reward", "0 in environment states", f"a reward at {_first(paid)}", "Pay it on the policy token before."
+        )
