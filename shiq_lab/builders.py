@@ -181,9 +181,7 @@ def from_turns(
         mass: dict[int, float] = {}
         for reply, probability in options_after(prefix[: len(prefix) - said], turn).items():
             if not reply or not probability > 0:
-                raise bad(
-                    "turns", "replies of at least one token and of probability > 0", f"{reply!r}: {probability!r}"
-                )
+                raise bad("turns", "replies of at least one token and of probability > 0", f"{reply!r}: {probability!r}")
             if reply[:said] == begun:
                 if len(reply) == said:
                     raise bad("turns", "no reply that is the beginning of another", f"{reply!r}")

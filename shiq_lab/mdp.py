@@ -163,9 +163,7 @@ class TokenMDP:
         """
         steps = self.horizon if horizon is None else horizon
         if steps is None or not _is_int(steps) or steps < 1:
-            raise bad(
-                "horizon", "a whole number >= 1 (the automaton has none of its own)", repr(steps), "unroll(horizon=8)"
-            )
+            raise bad("horizon", "a whole number >= 1 (the automaton has none of its own)", repr(steps), "unroll(horizon=8)")
         if self.horizon is not None and steps > self.horizon:
             raise bad("horizon", f"at most the automaton's own {self.horizon}", repr(steps))
         S = self.n_states
@@ -310,9 +308,7 @@ def _check_logits(ref_logits: Floats, is_policy: Bools) -> None:
     dead = ~(ref_logits > -np.inf).any(1)
     if dead.any():
         owner = "policy" if is_policy[int(np.argmax(dead))] else "environment"
-        raise bad(
-            "ref_logits", "at least one allowed token in every row", f"none in {owner} state {int(np.argmax(dead))}"
-        )
+        raise bad("ref_logits", "at least one allowed token in every row", f"none in {owner} state {int(np.argmax(dead))}")
     total = np.exp(np.minimum(ref_logits[~is_policy], 700)).sum(1)
     wrong = np.abs(total - 1) > PROBABILITY_TOLERANCE
     if wrong.any():
@@ -338,6 +334,4 @@ def _check_edges(next_state: Ints, reward: Floats, allowed: Bools, is_policy: Bo
         raise bad("reward", "finite numbers", f"{value} at {_first(broken)}", "Forbid a token with ref_logits = -inf.")
     paid = allowed & (reward != 0) & ~is_policy[:, None]
     if paid.any():
-        raise bad(
-            "reward", "0 in environment states", f"a reward at {_first(paid)}", "Pay it on the policy token before."
-        )
+        raise bad("reward", "0 in environment states", f"a reward at {_first(paid)}", "Pay it on the policy token before.")

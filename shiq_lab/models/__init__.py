@@ -1,0 +1,1 @@
+"""Models with one interface: (input_ids, attention_mask) -> .logits. One file each."""

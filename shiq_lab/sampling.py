@@ -1,0 +1,71 @@
+"""Sampling rows from an automaton: all rows at once, one token a step."""
+
+import numpy as np
+import torch
+
+from shiq_lab.batch import TokenBatch, cut, pad
+from shiq_lab.errors import bad
+from shiq_lab.graph import Floats
+from shiq_lab.mdp import TokenMDP
+
+ROWS_NEVER_END = 100_000  # tokens; a sampler that is still going here was given a policy that does not stop
+
+
+def require_prompt(mdp: TokenMDP) -> None:
+    """Rows need an environment root, since nothing scores a row's first token."""
+    if mdp.is_policy[mdp.start]:
+        raise bad("mdp", "an environment state at the start", f"policy state {mdp.start}", "Add one: mdp.with_prompt(token).")
+
+
+def sample(
+    mdp: TokenMDP, log_policy: Floats, n: int, *, rng: np.random.Generator | int, max_tokens: int | None = None
+) -> TokenBatch:
+    """n rows of a policy float[S, V] (or float[T, S, V]); rows longer than max_tokens are cut in a policy state.
+
+    rng is a numpy Generator or a seed; the same seed gives the same rows.
+    """
+    require_prompt(mdp)
+    rng = np.random.default_rng(rng)
+    tables = np.where(mdp.is_policy[:, None], log_policy, mdp.ref_log_policy)
+    chance = np.where(mdp.allowed, np.exp(tables), 0.0)
+    if not np.allclose(chance.sum(-1), 1, atol=1e-6):
+        raise bad("log_policy", "rows whose exponentials over allowed tokens sum to 1", "others", "See evaluate.")
+    ladder = np.cumsum(chance, -1)
+    ladder /= ladder[..., -1:]
+    state, spent = np.full(n, mdp.start), np.zeros(n, dtype=np.int64)
+    columns: list[tuple[np.ndarray, ...]] = []
+    while (state >= 0).any() and len(columns) < (max_tokens or ROWS_NEVER_END):
+        live = state >= 0
+        rows = ladder[state] if ladder.ndim == 2 else ladder[np.minimum(spent, len(ladder) - 1), state]
+        token = (rows > rng.random(n)[:, None]).argmax(1)
+        acted = live & mdp.is_policy[state]
+        spent += acted
+        follow = np.where(live, mdp.next_state[state, token], -1)
+        if mdp.horizon is not None:
+            follow[acted & (spent >= mdp.horizon)] = -1
+        columns.append((np.where(live, token, 0), live, acted, np.where(acted, mdp.reward[state, token], 0.0), follow))
+        state = follow
+    if max_tokens is None and (state >= 0).any():
+        raise bad("log_policy", "a policy whose episodes end", f"rows longer than {ROWS_NEVER_END}", "Give max_tokens.")
+    ids, real, action, reward, states = (np.stack(column, 1) for column in zip(*columns, strict=True))
+    batch = TokenBatch(
+        input_ids=torch.from_numpy(ids),
+        attention_mask=torch.from_numpy(real.astype(np.int64)),
+        completion_mask=torch.from_numpy(action.astype(np.int64)),
+        rewards=torch.from_numpy(reward),
+        terminated=torch.from_numpy(state < 0),
+        group_ids=prompt_groups(ids, action),
+        states=torch.from_numpy(states),
+    )
+    inside_reply = (state >= 0) & ~mdp.is_policy[state]
+    if inside_reply.any():  # cut where the environment would speak: back to the last action
+        length = torch.from_numpy(np.where(inside_reply, real.sum(1) - 1, real.sum(1)))
+        batch = cut(batch, length)
+    return pad(batch)
+
+
+def prompt_groups(ids: np.ndarray, action: np.ndarray) -> torch.Tensor:
+    """int[B]: rows with the same tokens before the first action share a number."""
+    prompt = np.where(np.cumsum(action, 1) == 0, ids, -1)
+    _, group = np.unique(prompt, axis=0, return_inverse=True)
+    return torch.from_numpy(group.reshape(-1).astype(np.int64))

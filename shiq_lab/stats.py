@@ -1,0 +1,101 @@
+"""TokenStats: the two numbers a token that a loss sees, from a table of logits or from a model's logits.
+
+They are all that the losses of the derivation need (F3), so the same loss function serves a table in float64, a tiny
+transformer and a model whose logits are never held in memory.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from shiq_lab.batch import TokenBatch
+from shiq_lab.errors import bad
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStats:
+    """Statistics of one model on one batch; column i belongs to the token input_ids[:, i + 1].
+
+    token_logit          float[B, L-1]   logit of the token taken
+    logsumexp            float[B, L-1]   ln sum_a exp logit(a) where it was taken
+    end_logsumexp        float[B]        the same after the last real token ([B, N] for packed rows)
+    joint_logsumexp      float[B, L-1]   ln sum_a exp (logit + ref_logit)(a): for the naive step 0 alone
+    end_joint_logsumexp  float[B]        the same after the last real token
+
+    Where nothing was chosen by the policy (and after a terminated row) every entry is 0, so that no padding can reach a loss.
+    """
+
+    token_logit: Tensor
+    logsumexp: Tensor
+    end_logsumexp: Tensor
+    joint_logsumexp: Tensor | None = None
+    end_joint_logsumexp: Tensor | None = None
+
+    def detach(self) -> "TokenStats":
+        """The same numbers without gradient: a reference, or a target network."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value.detach() for name, value in parts.items() if value is not None})
+
+    @classmethod
+    def from_logits(cls, logits: Tensor, batch: TokenBatch, *, ref_logits: Tensor | None = None) -> "TokenStats":
+        """From a model's logits float[B, L, V] (half precision is summed in float32).
+
+        Rows that score nothing are replaced before the log-sum-exp, so NaN in padding reaches neither value nor gradient.
+        ref_logits adds the joint statistics. Source: F3 of the derivation.
+        """
+        if logits.ndim != 3 or logits.shape[:2] != batch.input_ids.shape:
+            raise bad("logits", f"shape {(*batch.input_ids.shape, 'V')}", f"shape {tuple(logits.shape)}")
+        if ref_logits is not None and ref_logits.shape != logits.shape:
+            raise bad("ref_logits", f"shape {tuple(logits.shape)}, as logits", f"shape {tuple(ref_logits.shape)}")
+        acts, end, rows = _live(batch)
+        clean = torch.where((acts | end)[..., None], logits, 0.0)
+        clean = clean.float() if clean.dtype in (torch.float16, torch.bfloat16) else clean
+        level = clean.logsumexp(-1)  # (B, L)
+        taken = batch.input_ids[:, 1:].clamp(0, logits.shape[-1] - 1)
+        chosen = clean[:, :-1].gather(-1, taken[..., None])[..., 0]
+        joint = None
+        if ref_logits is not None:
+            joint = (clean + torch.where((acts | end)[..., None], ref_logits, 0.0).to(clean.dtype)).logsumexp(-1)
+        return cls._masked(chosen, level, joint, acts, rows, batch)
+
+    @classmethod
+    def from_table(cls, table: Tensor, batch: TokenBatch, *, ref_table: Tensor | None = None) -> "TokenStats":
+        """From logits a state, float[S, V], for a batch that knows its states."""
+        if batch.states is None:
+            raise bad("batch", "one that knows its automaton states", "states=None", "Fill them with models.tabular.walk.")
+        acts, _, rows = _live(batch)
+        state = batch.states.clamp(0, table.shape[0] - 1)  # (B, L)
+        taken = batch.input_ids[:, 1:].clamp(0, table.shape[1] - 1)
+        chosen = torch.where(acts[:, :-1], table[state[:, :-1], taken], 0.0)
+        level = table.logsumexp(-1)[state]
+        joint = None if ref_table is None else (table + ref_table).logsumexp(-1)[state]
+        return cls._masked(chosen, level, joint, acts, rows, batch)
+
+    @classmethod
+    def _masked(
+        cls, chosen: Tensor, level: Tensor, joint: Tensor | None, acts: Tensor, last: Tensor, batch: TokenBatch
+    ) -> "TokenStats":
+        here = acts[:, :-1]
+
+        def at_end(x: Tensor) -> Tensor:
+            index = last if last.ndim == 2 else last[:, None]
+            picked = x.gather(1, index)
+            return torch.where(batch.terminated, 0.0, picked if last.ndim == 2 else picked[:, 0])
+
+        return cls(
+            token_logit=torch.where(here, chosen, 0.0),
+            logsumexp=torch.where(here, level[:, :-1], 0.0),
+            end_logsumexp=at_end(level),
+            joint_logsumexp=None if joint is None else torch.where(here, joint[:, :-1], 0.0),
+            end_joint_logsumexp=None if joint is None else at_end(joint),
+        )
+
+
+def _live(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """bool[B, L] positions that score an action, bool[B, L] positions after a cut row's last token, and that index."""
+    acts = torch.nn.functional.pad(batch.completion_mask[:, 1:] == 1, (0, 1))
+    last = batch.last_index()
+    place = torch.arange(batch.input_ids.shape[1], device=last.device)
+    hit = (place == last[..., None]) & ~batch.terminated[..., None]
+    return acts, hit if last.ndim == 1 else hit.any(1), last
