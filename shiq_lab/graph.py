@@ -38,10 +38,10 @@ def _peel(successors: Ints, n: int) -> list[Ints]:
     while frontier.size:
         levels.append(frontier)
         left -= frontier.size
+        indegree[frontier] = -1  # done
         children = successors[Block(frontier, False).index].ravel()
         if children.size * 8 > n:  # a wide level: counting over all states is cheaper than sorting the children
             indegree -= np.bincount(children + 1, minlength=n + 1)[1:]
-            indegree[frontier] = -1
             frontier = np.flatnonzero(indegree == 0) if left else frontier[:0]
         else:
             children, count = np.unique(children[children >= 0], return_counts=True)
@@ -163,7 +163,7 @@ class Recursion:
         """c float[S] or [S, K] -> x of the same shape."""
         x = np.zeros((len(c) + 1, int(np.prod(c.shape[1:]))))
         rhs = c.reshape(len(c), -1)
-        for block, index, inverse in zip(self.blocks, self._index, self._inverse, strict=True):
+        for index, inverse in zip(self._index, self._inverse, strict=True):
             value = rhs[index] + self._pull(x, index)  # a loop's own states still hold 0 here
             if inverse is None:
                 x[index] = value
