@@ -128,13 +128,15 @@ def train(
     return Training(table, measure(solution, table, method), losses, len(losses), optimizer)
 
 
+# A residual is a difference of numbers of size beta max|l|; a few roundings of these are its zero.
+ROUNDING = 4 * float(np.finfo(np.float64).eps)
 Squares = Callable[[Tensor], list[tuple[Tensor, Tensor]]]
 
 
 def _squares(population: Population, method: Method, logits: Tensor, max_steps: int) -> tuple[Tensor, list[float], str]:
     first = method.form == "first"
     squares = lambda x: population.squares(x, method.step, method.n_steps, first, None)  # noqa: E731
-    logits, losses = gauss_newton(squares, logits, scaling(population, method), max_steps)
+    logits, losses = gauss_newton(squares, logits, scaling(population, method), _size(population, logits), max_steps)
     return logits, losses, "Gauss-Newton, conjugate gradients"
 
 
@@ -152,11 +154,11 @@ def scaling(population: Population, method: Method) -> Tensor:
     return torch.tensor(np.where(use, 1 / np.where(use, share, 1.0), 0.0))
 
 
-def gauss_newton(squares: Squares, x: Tensor, scale: Tensor, max_steps: int) -> tuple[Tensor, list[float]]:
+def gauss_newton(squares: Squares, x: Tensor, scale: Tensor, size: float, max_steps: int) -> tuple[Tensor, list[float]]:
     """Minimise sum w F(x)^2: damped Gauss-Newton whose steps come from conjugate gradients in the given scaling.
 
-    Only products with the Jacobian and its transpose are used (the first by differentiating the second). Stops when the
-    loss no longer falls: at the rounding of the residuals where the zero can be reached.
+    Only products with the Jacobian and its transpose are used (the first by differentiating the second). Stops at the
+    rounding of residuals made of numbers of this `size`, or where the loss no longer falls.
     """
     history: list[float] = []
     value, tight = float("inf"), 1e-2
@@ -165,6 +167,8 @@ def gauss_newton(squares: Squares, x: Tensor, scale: Tensor, max_steps: int) -> 
         parts = squares(x)
         value = sum(float((w * f.detach() ** 2).sum()) for w, f in parts)
         history.append(value)
+        if value <= sum(float((w * (ROUNDING * size) ** 2 * torch.ones_like(f)).sum()) for w, f in parts):
+            break
         roots = torch.cat([(w.sqrt() * f).reshape(-1) for w, f in parts])
         dummy = torch.zeros_like(roots, requires_grad=True)
         (pulled,) = torch.autograd.grad(roots, x, dummy, create_graph=True)  # J' dummy, linear in dummy
@@ -213,6 +217,12 @@ def _line_search(squares: Squares, x: Tensor, step: Tensor, value: float) -> tup
     return x, value
 
 
+def _size(population: Population, logits: Tensor) -> float:
+    """What residuals are differences of: rewards, and beta times logits."""
+    mdp = population.mdp
+    return float(np.abs(mdp.reward).max()) + population.beta * float(logits.abs().max())
+
+
 def _semi_gradient(population: Population, method: Method, logits: Tensor, max_steps: int) -> tuple[Tensor, list[float], str]:
     """l(s, a) -= E[rho | s, a] / beta: the expected semi-gradient, each entry scaled by how often it is visited."""
     history: list[float] = []
@@ -235,6 +245,7 @@ def _turns(population: Population, method: Method, logits: Tensor, max_steps: in
             lambda x, t=targets: population.squares(x, method.step, None, False, t),
             logits,
             scale,
+            _size(population, logits),
             max_steps,  # type: ignore[misc]
         )
         change = float((moved - logits).abs().max())

@@ -44,7 +44,7 @@ def _pieces(step: Step, stats: TokenStats, ref: TokenStats, beta: float) -> tupl
     return c, u, u_end
 
 
-def _residuals(
+def residuals_of(
     step: Step,
     stats: TokenStats,
     ref: TokenStats,
@@ -55,6 +55,7 @@ def _residuals(
     target_stats: TokenStats | None = None,
     **options: Any,
 ) -> tuple[Tensor, Actions]:
+    """(rho^(n) float[B, T], where the actions are): the residuals that the losses below square."""
     check_arguments(stats, ref, batch, beta, gamma, n_steps)
     actions = actions_of(batch)
     target = None if target_stats is None else _pieces(step, target_stats, ref, beta)[1:]
@@ -71,7 +72,7 @@ def naive_loss(
 
     Its zero has q* = beta l, so softmax(l) is not pi*: sampling needs pi_ref exp(l). Needs joint statistics.
     """
-    rho, actions = _residuals(steps.naive, policy_stats, ref_stats, batch, beta, gamma, n_steps)
+    rho, actions = residuals_of(steps.naive, policy_stats, ref_stats, batch, beta, gamma, n_steps)
     return reduce(rho**2, batch, actions, reduction)
 
 
@@ -83,7 +84,7 @@ def easy_sampling_loss(
 
     Its zero has pi* = softmax(g), but l_ref violates it even at r = 0 unless lse(l_ref) = 0 in every state.
     """
-    rho, actions = _residuals(steps.easy, policy_stats, ref_stats, batch, beta, gamma, n_steps)
+    rho, actions = residuals_of(steps.easy, policy_stats, ref_stats, batch, beta, gamma, n_steps)
     return reduce(rho**2, batch, actions, reduction)
 
 
@@ -108,7 +109,7 @@ def shiq_loss(
     Exact only where the world is deterministic after the first action (F9). Raises ValueError for shapes that do not match,
     beta <= 0, gamma outside (0, 1], n_steps < 1. Source: arXiv 2505.11081.
     """
-    rho, actions = _residuals(steps.shifted, policy_stats, ref_stats, batch, beta, gamma, n_steps, target_stats)
+    rho, actions = residuals_of(steps.shifted, policy_stats, ref_stats, batch, beta, gamma, n_steps, target_stats)
     return reduce(rho**2, batch, actions, reduction)
 
 
@@ -117,7 +118,7 @@ def sequence_loss(
     reduction: Reduction = "mean",
 ) -> Tensor:  # fmt: skip
     """rho_0^2 of every sequence: a metric of rank one, which fixes pi* and the level at the start, not the inner levels (F5)."""
-    rho, actions = _residuals(steps.shifted, policy_stats, ref_stats, batch, beta, gamma, None)
+    rho, actions = residuals_of(steps.shifted, policy_stats, ref_stats, batch, beta, gamma, None)
     later = torch.zeros_like(actions.real)
     later[:, 1:] = actions.segment[:, 1:] == actions.segment[:, :-1]
     return reduce(torch.where(later, 0.0, rho**2), batch, actions, reduction)
@@ -134,7 +135,7 @@ def semi_gradient_loss(
     """
     if through not in ("token", "value"):
         raise bad("through", "'token' or 'value'", repr(through))
-    rho, actions = _residuals(steps.shifted, policy_stats, ref_stats, batch, beta, gamma, None)
+    rho, actions = residuals_of(steps.shifted, policy_stats, ref_stats, batch, beta, gamma, None)
     c, u, _ = _pieces(steps.shifted, policy_stats, ref_stats, beta)
     live = actions.of(c if through == "token" else u)
     return reduce((live - (live - rho).detach()) ** 2, batch, actions, reduction)
@@ -149,7 +150,7 @@ def turn_cut_loss(
     A turn ends where environment tokens stand between two actions. Given the turn, rho has mean zero at l*: stationary in
     random worlds under any behaviour. With a single turn it is shiq_loss.
     """
-    rho, actions = _residuals(steps.shifted, policy_stats, ref_stats, batch, beta, gamma, None, cut_turns=True)
+    rho, actions = residuals_of(steps.shifted, policy_stats, ref_stats, batch, beta, gamma, None, cut_turns=True)
     return reduce(rho**2, batch, actions, reduction)
 
 
@@ -165,7 +166,7 @@ def shiq_gradient(
     Returned in a TokenStats of the same shapes; the second road to what autograd finds.
     """
     with torch.no_grad():
-        rho, actions = _residuals(steps.shifted, policy_stats, ref_stats, batch, beta, gamma, n_steps)
+        rho, actions = residuals_of(steps.shifted, policy_stats, ref_stats, batch, beta, gamma, n_steps)
         backwards = actions.segment.flip(1)
         D = discounted_sum(rho.flip(1), gamma, backwards)
         if n_steps is not None:

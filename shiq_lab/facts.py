@@ -1,0 +1,398 @@
+"""The twelve facts of the derivation, each measured on an automaton: what `selftest` prints and the property tests assert.
+
+A fact is a plain function of a Case that yields Findings: what was measured and the bound that theory or rounding gives.
+"It vanishes" and "it must not vanish" are both findings, so a fact that holds for want of anything to compare is a failure.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shiq_lab.batch import TokenBatch, cut
+from shiq_lab.bellman import EPS, Solution, evaluate, solve
+from shiq_lab.enumeration import count_trajectories, enumerate_trajectories
+from shiq_lab.graph import Floats
+from shiq_lab.losses import shiq, steps
+from shiq_lab.losses.methods import METHODS
+from shiq_lab.losses.residuals import actions_of
+from shiq_lab.mdp import TokenMDP
+from shiq_lab.policies import softmax_policy
+from shiq_lab.population import Population
+from shiq_lab.sampling import sample
+from shiq_lab.stats import TokenStats
+
+LISTABLE = 5_000  # strings; facts that average over all rows are measured where no more than these exist
+DENSE = 150  # edges; F8's Jacobian is built entry by entry
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One measured number against its bound; `above` turns "at most" into "at least"."""
+
+    fact: str
+    claim: str
+    measured: float
+    bound: float
+    above: bool = False
+
+    @property
+    def holds(self) -> bool:
+        good = self.measured >= self.bound if self.above else self.measured <= self.bound
+        return bool(np.isfinite(self.measured)) and good
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """An automaton without horizon and with a prompt, its solution, a random table, a random behaviour and rows of it."""
+
+    mdp: TokenMDP
+    beta: float
+    gamma: float
+    seed: int = 0
+    rows: int = 64
+
+    @cached_property
+    def rng(self) -> np.random.Generator:
+        return np.random.default_rng(self.seed)
+
+    @cached_property
+    def solution(self) -> Solution:
+        return solve(self.mdp, beta=self.beta, gamma=self.gamma)
+
+    @cached_property
+    def ref(self) -> Tensor:
+        return torch.tensor(self.mdp.ref_logits)
+
+    @cached_property
+    def optimal(self) -> Tensor:
+        return torch.tensor(self.solution.optimal_logits())
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """A random table, another level in every state."""
+        rng = np.random.default_rng(self.seed + 1)
+        noise = rng.normal(size=self.mdp.ref_logits.shape) + rng.normal(size=(self.mdp.n_states, 1))
+        return torch.tensor(np.where(self.mdp.allowed, np.where(self.mdp.allowed, self.mdp.ref_logits, 0.0) + noise, -np.inf))
+
+    @cached_property
+    def behavior(self) -> Floats:
+        """Random, full support: half the reference, half a random softmax (so episodes end as surely as the reference's)."""
+        noise = np.random.default_rng(self.seed + 2).normal(size=self.mdp.ref_logits.shape)
+        return softmax_policy(self.mdp, np.where(self.mdp.allowed, self.mdp.ref_log_policy, 0.0) + 0.5 * noise)
+
+    @cached_property
+    def listed(self) -> bool:
+        count = count_trajectories(self.mdp)
+        return count is not None and count <= LISTABLE
+
+    @cached_property
+    def batch(self) -> TokenBatch:
+        """All rows of the behaviour with exact weights where they can be listed, else a sample, a third of it cut."""
+        if self.listed:
+            return enumerate_trajectories(self.mdp, LISTABLE, behavior=self.behavior)
+        return sample(self.mdp, self.behavior, self.rows, rng=self.seed, max_tokens=200)
+
+    @cached_property
+    def ragged(self) -> TokenBatch:
+        """Rows of which some are cut: at random lengths, in policy states."""
+        few = self.batch.select(torch.arange(min(len(self.batch), self.rows)))
+        length = torch.from_numpy(np.random.default_rng(self.seed + 3).integers(1, few.input_ids.shape[1] + 1, len(few)))
+        return cut(few, length)
+
+    @cached_property
+    def population(self) -> Population:
+        return Population(self.mdp, self.behavior, self.beta, self.gamma)
+
+    def stats(self, table: Tensor, batch: TokenBatch) -> TokenStats:
+        return TokenStats.from_table(table, batch, ref_table=self.ref)
+
+    def residuals(self, table: Tensor, batch: TokenBatch, n_steps: int | None, gamma: float | None = None) -> Tensor:
+        """rho^(n) of the shifted step, float[B, T]."""
+        stats, ref = self.stats(table, batch), self.stats(self.ref, batch)
+        return shiq.residuals_of(steps.shifted, stats, ref, batch, self.beta, gamma or self.gamma, n_steps)[0]
+
+    @cached_property
+    def rounding(self) -> float:
+        """One ulp of what residuals are made of, times the numbers that a row adds up: every bound is a multiple of it."""
+        tables = (self.ref, self.logits, self.optimal)
+        biggest = max(float(t[torch.isfinite(t)].abs().max()) for t in tables)
+        row = float((self.batch.rewards * self.batch.completion_mask).abs().sum(1).max())
+        longest = self.batch.input_ids.shape[1]
+        return 16 * EPS * longest * (self.solution.scale + row + self.beta * (1 + biggest) * longest)
+
+    def gradient(self, table: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """d loss / d table with forbidden entries left at 0."""
+        allowed = torch.tensor(np.array(self.mdp.allowed))
+        x = torch.where(allowed, table, 0.0).requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(torch.where(allowed, x, -torch.inf)), x)
+        return gradient
+
+    def batch_loss(self, name: str, batch: TokenBatch, **options: object) -> Callable[[Tensor], Tensor]:
+        """The named token loss as a function of a table, summed with the batch's weights."""
+        ref, loss = self.stats(self.ref, batch), METHODS[name].loss
+        return lambda table: loss(
+            self.stats(table, batch), ref, batch, beta=self.beta, gamma=self.gamma, reduction="sum", **options
+        )
+
+
+def _worst(x: Tensor | Floats) -> float:
+    if x.size == 0 if isinstance(x, np.ndarray) else x.numel() == 0:
+        return float("nan")  # nothing compared: not finite, so it does not hold
+    return float(abs(x).max())
+
+
+def f1(case: Case) -> Iterator[Finding]:
+    """At the optimum beta (l* - l_ref) = q* and Dv = v*: the shifted logits are the Q-values, level included."""
+    c, u = (x.numpy() for x in case.population.pieces(case.optimal))
+    rows = case.mdp.is_policy
+    edges = case.mdp.allowed & rows[:, None]
+    yield Finding("F1", "beta (l* - l_ref) = q*", _worst((c - case.solution.q())[edges]), case.rounding)
+    yield Finding("F1", "Dv = v*", _worst((u - case.solution.v())[rows]), case.rounding)
+    best = evaluate(case.mdp, softmax_policy(case.mdp, case.optimal.numpy()), beta=case.beta, gamma=case.gamma)
+    yield Finding("F1", "J(softmax l*) = v*(start)", abs(best.objective - case.solution.objective), case.rounding)
+
+
+def f2(case: Case) -> Iterator[Finding]:
+    """rho = A d with the upper-triangular discount matrix A, and rho^(n)_t = rho_t - gamma^n rho_{t+n}."""
+    batch = case.ragged
+    d, rho, three = (case.residuals(case.logits, batch, n) for n in (1, None, 3))
+    T = d.shape[1]
+    k = torch.arange(T)
+    A = torch.where(k[:, None] <= k, case.gamma ** (k - k[:, None]).clamp(min=0).double(), 0.0)
+    yield Finding("F2", "rho = A d", _worst(rho - d @ A.T), case.rounding)
+    ahead = torch.nn.functional.pad(rho, (0, 3))[:, 3:]
+    yield Finding("F2", "rho^(3)_t = rho_t - gamma^3 rho_{t+3}", _worst(three - rho + case.gamma**3 * ahead), case.rounding)
+    yield Finding("F2", "residuals of a random table are not 0", _worst(rho), 1e3 * case.rounding, above=True)
+
+
+def f3(case: Case) -> Iterator[Finding]:
+    """The closed-form gradient equals autograd; summed over the vocabulary ShiQ's is 2 beta rho_k."""
+    batch, ref = case.ragged, case.stats(case.ref, case.ragged)
+    names = ("token_logit", "logsumexp", "end_logsumexp")
+    plain = case.stats(case.logits, batch)
+    size = 4 * case.beta * case.rounding * batch.input_ids.shape[1]
+    for n in (None, 1, 2):
+        leaf = TokenStats(*[getattr(plain, name).clone().requires_grad_() for name in names])
+        total = shiq.shiq_loss(leaf, ref, batch, beta=case.beta, gamma=case.gamma, n_steps=n, reduction="none").sum()
+        auto = torch.autograd.grad(total, [getattr(leaf, name) for name in names], allow_unused=True)
+        closed = shiq.shiq_gradient(plain, ref, batch, beta=case.beta, gamma=case.gamma, n_steps=n)
+        gaps = [_worst(getattr(closed, m) - (0 if g is None else g)) for m, g in zip(names, auto, strict=True)]
+        yield Finding("F3", f"closed form = autograd, n_steps={n}", max(gaps), size)
+        if n is None:
+            rho, actions = shiq.residuals_of(steps.shifted, plain, ref, batch, case.beta, case.gamma, None)
+            summed = actions.of(closed.token_logit + closed.logsumexp)
+            yield Finding("F3", "summed over the vocabulary: 2 beta rho_k", _worst(summed - 2 * case.beta * rho), size)
+
+
+def f4(case: Case) -> Iterator[Finding]:
+    """At l = l_ref: rho_t = -(reward-to-go); with r = 0 the loss is 0 with the shift, and without it only if lse(l_ref) = 0."""
+    batch = case.batch
+    actions = actions_of(batch)
+    reward = actions.of(batch.rewards[:, 1:])
+    togo = reward.clone()
+    for t in reversed(range(reward.shape[1] - 1)):
+        togo[:, t] += case.gamma * togo[:, t + 1]
+    rho = case.residuals(case.ref, batch, None)
+    yield Finding("F4", "rho_t = -(reward-to-go) at l_ref", _worst(torch.where(actions.real, rho + togo, 0.0)), case.rounding)
+    silent = replace(batch, rewards=torch.zeros_like(batch.rewards))
+    ref = case.stats(case.ref, silent)
+    options = {"beta": case.beta, "gamma": case.gamma}
+    yield Finding("F4", "shifted loss at l_ref, r = 0", float(shiq.shiq_loss(ref, ref, silent, **options)), case.rounding**2)
+    level = torch.tensor(case.mdp.ref_logsumexp)[silent.states.clamp(min=0)][:, :-1]  # type: ignore[union-attr]
+    here = actions.of(level)
+    after = torch.nn.functional.pad(here, (0, 1))[:, 1:]
+    predicted = torch.where(actions.real, (case.beta * (here - case.gamma * after)) ** 2, 0.0).sum(1)
+    predicted = (predicted * silent.weights).sum() / silent.weights.sum()
+    easy = shiq.easy_sampling_loss(ref, ref, silent, **options)
+    whole = silent.terminated.all()
+    gap = abs(float(easy - predicted)) if whole else 0.0
+    yield Finding("F4", "unshifted loss at l_ref, r = 0, as predicted", gap, case.rounding * (1 + float(predicted)) * 8)
+    yield Finding("F4", "and that is not 0", float(easy), 1e-3 * case.beta**2, above=True)
+
+
+def f5(case: Case) -> Iterator[Finding]:
+    """Gauge: c(s) added to l and l_ref changes nothing; added to l alone it changes ShiQ, and rho_0 only by the level there."""
+    batch = case.ragged
+    shift = torch.tensor(np.random.default_rng(case.seed + 4).normal(size=(case.mdp.n_states, 1)))
+    options = {"beta": case.beta, "gamma": case.gamma}
+    ref, plain = case.stats(case.ref, batch), case.stats(case.logits, batch)
+    both = case.stats(case.logits + shift, batch), case.stats(case.ref + shift, batch)
+    value = float(shiq.shiq_loss(plain, ref, batch, **options))
+    size = case.rounding * 8 * (1 + value)
+    yield Finding("F5", "l + c, l_ref + c: loss unchanged", abs(float(shiq.shiq_loss(*both, batch, **options)) - value), size)
+    alone = float(shiq.shiq_loss(both[0], ref, batch, **options))
+    yield Finding("F5", "l + c alone: ShiQ loss changes", abs(alone - value), 1e-6 * case.beta**2, above=True)
+    moved, still = (softmax_policy(case.mdp, t.numpy()) for t in (case.logits + shift, case.logits))
+    yield Finding("F5", "l + c alone: policy unchanged", _worst((np.exp(moved) - np.exp(still))), case.rounding / case.beta)
+    first = torch.tensor(case.population.first > 0)[:, None]
+    inner = case.stats(torch.where(first, case.logits, case.logits + shift), case.batch)
+    whole = case.batch
+    if whole.terminated.all() and not _returns_to_first(case):
+        before = float(shiq.sequence_loss(case.stats(case.logits, whole), case.stats(case.ref, whole), whole, **options))
+        after = float(shiq.sequence_loss(inner, case.stats(case.ref, whole), whole, **options))
+        yield Finding("F5", "c on inner states: rho_0 unchanged", abs(after - before), case.rounding * 8 * (1 + before))
+
+
+def _returns_to_first(case: Case) -> bool:
+    """Can a first policy state be visited later in the row? Then its level is an inner one too."""
+    arrivals = case.population.arrivals * case.mdp.is_policy
+    return bool((np.abs(arrivals - case.population.first)[case.population.first > 0] > 1e-9).any())
+
+
+def f6(case: Case) -> Iterator[Finding]:
+    """(r, beta) -> (c r, c beta) multiplies the residuals by c at the same logits."""
+    factor = 3.7
+    louder = replace(case.ragged, rewards=case.ragged.rewards * factor)
+    scaled = replace(case, beta=case.beta * factor)
+    gap = scaled.residuals(case.logits, louder, None) - factor * case.residuals(case.logits, case.ragged, None)
+    yield Finding("F6", "residuals scale with (r, beta)", _worst(gap), 2 * factor * case.rounding)
+
+
+def shaped_twin(mdp: TokenMDP, potential: Floats, gamma: float) -> TokenMDP:
+    """r + gamma Phi(s') - Phi(s) in policy states; Phi(end) = 0, and Phi of environment states must be its own average."""
+    after = np.append(potential, 0.0)[mdp.next_state]
+    return replace(mdp, reward=np.where(mdp.is_policy[:, None], mdp.reward + gamma * after - potential[:, None], 0.0))
+
+
+def f7(case: Case) -> Iterator[Finding]:
+    """Potential-based shaping leaves pi* alone and lowers v* by Phi; under a horizon a stationary Phi moves pi*."""
+    mdp, gamma = case.mdp, case.gamma
+    free = np.where(mdp.is_policy, np.random.default_rng(case.seed + 5).normal(size=mdp.n_states), 0.0)
+    potential = case.population._lift.solve(free)  # averaged over replies in environment states
+    twin = solve(shaped_twin(mdp, potential, gamma), beta=case.beta, gamma=gamma)
+    yield Finding("F7", "v* falls by Phi", _worst(twin.v() + potential - case.solution.v()), case.rounding)
+    same = np.exp(twin.log_policy()) - np.exp(case.solution.log_policy())
+    yield Finding("F7", "pi* stays", _worst(same), 4 * case.rounding / case.beta)
+    follow = mdp.is_policy[np.append(mdp.next_state, -1)].any()
+    short = replace(mdp, horizon=1)
+    if follow and _has_a_choice(short, potential):
+        cut_twin = solve(shaped_twin(short, potential, gamma), beta=case.beta, gamma=gamma)
+        moved = np.exp(cut_twin.log_policy()) - np.exp(solve(short, beta=case.beta, gamma=gamma).log_policy())
+        yield Finding("F7", "under a horizon pi* moves", _worst(moved), 1e-6, above=True)
+
+
+def _has_a_choice(short: TokenMDP, potential: Floats) -> bool:
+    """Is there a policy state whose tokens lead to different potentials, so that cutting there must show?"""
+    after = np.append(potential, 0.0)[short.next_state]
+    rows = short.is_policy & (short.allowed.sum(1) > 1)
+    spread = np.where(short.allowed, after, -np.inf).max(1) - np.where(short.allowed, after, np.inf).min(1)
+    return bool((spread[rows] > 1e-3).any())
+
+
+def f8(case: Case) -> Iterator[Finding]:
+    """The one-step residual's Jacobian over all edges is beta (I - gamma P_pi), invertible: its zero is unique, and every
+    stationary point is the zero."""
+    mdp = case.mdp
+    edges = np.argwhere(mdp.allowed & mdp.is_policy[:, None])
+    if len(edges) > DENSE or not mdp.deterministic:
+        return
+    flat = torch.tensor(edges)
+    base = torch.where(torch.tensor(np.array(mdp.allowed)), case.logits, 0.0)
+
+    def residual(x: Tensor) -> Tensor:
+        c, u = case.population.pieces(base.index_put((flat[:, 0], flat[:, 1]), x))
+        lifted = torch.tensor(_lands(mdp)) @ u
+        follow = torch.tensor(np.where(mdp.next_state < 0, mdp.n_states, mdp.next_state))
+        d = c - torch.tensor(np.array(mdp.reward)) - case.gamma * torch.nn.functional.pad(lifted, (0, 1))[follow]
+        return d[flat[:, 0], flat[:, 1]]
+
+    start = base[flat[:, 0], flat[:, 1]].clone()
+    jacobian = torch.autograd.functional.jacobian(residual, start).numpy()
+    pi = np.exp(softmax_policy(mdp, case.logits.numpy()))
+    arrive = np.append(_lands(mdp), np.zeros((1, mdp.n_states)), 0)[mdp.next_state[edges[:, 0], edges[:, 1]]]  # (E, S)
+    P = arrive[:, edges[:, 0]] * pi[edges[:, 0], edges[:, 1]]
+    formula = case.beta * (np.eye(len(edges)) - case.gamma * P)
+    yield Finding("F8", "Jacobian = beta (I - gamma P_pi)", _worst(jacobian - formula), 64 * EPS * case.beta * len(edges))
+    least = float(np.linalg.svd(formula, compute_uv=False)[-1])
+    yield Finding("F8", "its least singular value / beta", least / case.beta, 1e-9, above=True)
+
+
+def _lands(mdp: TokenMDP) -> Floats:
+    """float[S, S]: the policy state that an environment state leads to, with its probability; itself for policy states."""
+    from shiq_lab.bellman import environment_average
+
+    return environment_average(mdp).solve(np.diag(mdp.is_policy.astype(np.float64)))
+
+
+def f9(case: Case) -> Iterator[Finding]:
+    """The expected gradient at l* in a random world: one-step -2 beta gamma E[d_{k-1} pi*(.|s_k)], ShiQ
+    2 beta E[X (mu - pi*)(.|s_k)], X = sum_{j<k} gamma^{k-j} d_j sum_{i<=j} gamma^{2i}; zero on data of pi* for ShiQ."""
+    if not case.listed:
+        return
+    batch, beta, gamma = case.batch, case.beta, case.gamma
+    actions = actions_of(batch)
+    d = case.residuals(case.optimal, batch, 1)
+    T = d.shape[1]
+    k = np.arange(T)
+    lag = np.where(k[None] < k[:, None], gamma ** np.maximum(k[:, None] - k[None], 0), 0.0)  # [k, j]
+    X = d.numpy() * np.cumsum(gamma ** (2.0 * k))[None] @ lag.T
+    state = batch.states[:, :-1].gather(1, actions.index).clamp(min=0).numpy()  # type: ignore[union-attr]
+    weight = np.where(actions.real.numpy(), batch.weights.numpy()[:, None], 0.0)
+    best = np.where(case.mdp.allowed, np.exp(case.solution.log_policy()), 0.0)
+    before = np.pad(d.numpy(), ((0, 0), (1, 0)))[:, :-1]
+    coefficient = np.zeros((2, case.mdp.n_states))
+    np.add.at(coefficient[0], state, weight * X)
+    np.add.at(coefficient[1], state, weight * before)
+    shiq_bias = 2 * beta * coefficient[0][:, None] * (np.exp(case.behavior) - best)
+    one_bias = -2 * beta * gamma * coefficient[1][:, None] * best
+    full = case.gradient(case.optimal, lambda t: case.population.loss(t)).numpy()
+    one = case.gradient(case.optimal, lambda t: case.population.loss(t, n_steps=1)).numpy()
+    size = 8 * beta * case.rounding * T
+    policy = case.mdp.is_policy[:, None]
+    yield Finding("F9", "ShiQ's expected gradient at l* = formula", _worst(np.where(policy, full - shiq_bias, 0.0)), size)
+    yield Finding("F9", "one-step's expected gradient at l* = formula", _worst(np.where(policy, one - one_bias, 0.0)), size)
+    own = Population(case.mdp, case.solution.log_policy(), beta, gamma)
+    yield Finding("F9", "ShiQ's on data of pi* itself", _worst(case.gradient(case.optimal, lambda t: own.loss(t))), size)
+    if not case.mdp.deterministic and gamma > 0.5:
+        yield Finding("F9", "the off-policy bias is not 0", _worst(full), 100 * size, above=True)
+
+
+def f10(case: Case) -> Iterator[Finding]:
+    """In a deterministic world each row's gradient is 0 at l*, cut rows and n-step too; with random replies it is not."""
+    size = 8 * case.beta * case.rounding * case.batch.input_ids.shape[1]
+    if not case.mdp.deterministic:
+        stats, ref = case.stats(case.optimal, case.batch), case.stats(case.ref, case.batch)
+        single = shiq.shiq_gradient(stats, ref, case.batch, beta=case.beta, gamma=case.gamma).token_logit
+        yield Finding("F10", "a row's gradient at l*, random replies", _worst(single), 100 * size, above=True)
+        return
+    for batch, name in ((case.batch, "whole rows"), (case.ragged, "cut rows")):
+        stats, ref = case.stats(case.optimal, batch), case.stats(case.ref, batch)
+        for n in (None, 1, 2):
+            parts = shiq.shiq_gradient(stats, ref, batch, beta=case.beta, gamma=case.gamma, n_steps=n)
+            worst = max(_worst(parts.token_logit), _worst(parts.logsumexp), _worst(parts.end_logsumexp))
+            yield Finding("F10", f"largest gradient of one row at l*, {name}, n_steps={n}", worst, size)
+
+
+def f11(case: Case) -> Iterator[Finding]:
+    """Semi-gradient and turn-cut ShiQ keep l* stationary under any behaviour, random replies or not."""
+    if not case.batch.terminated.all() or not case.listed:
+        return
+    size = 8 * case.beta * case.rounding * case.batch.input_ids.shape[1]
+    for through in ("token", "value"):
+        loss = case.batch_loss("semi-gradient", case.batch, through=through)
+        yield Finding("F11", f"semi-gradient ({through}): expected gradient at l*", _worst(case.gradient(case.optimal, loss)), size)
+    turns = case.gradient(case.optimal, case.batch_loss("turn-cut", case.batch))
+    yield Finding("F11", "turn-cut: expected gradient at l*", _worst(turns), size)
+    moved = case.gradient(case.logits, case.batch_loss("turn-cut", case.batch))
+    yield Finding("F11", "turn-cut: away from l* it is not 0", _worst(moved), 10 * size, above=True)
+
+
+def f12(case: Case) -> Iterator[Finding]:
+    """The population losses by recursion equal the sum over all rows."""
+    if not case.listed:
+        return
+    for name in ("naive", "easy", "shifted", "shiq", "sequence"):
+        method = METHODS[name]
+        listed = float(case.batch_loss(name, case.batch)(case.logits))
+        first = method.form == "first"
+        recursion = float(case.population.loss(case.logits, step=method.step, n_steps=method.n_steps, first_only=first))
+        yield Finding("F12", f"{name}: recursion = listing", abs(recursion - listed), 8 * case.rounding * (1 + listed))
+
+
+FACTS: dict[str, Callable[[Case], Iterator[Finding]]] = {
+    "F1": f1, "F2": f2, "F3": f3, "F4": f4, "F5": f5, "F6": f6, "F7": f7, "F8": f8, "F9": f9, "F10": f10, "F11": f11, "F12": f12,
+}  # fmt: skip
