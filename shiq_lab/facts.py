@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from shiq_lab.batch import TokenBatch, cut
-from shiq_lab.bellman import EPS, Solution, evaluate, solve
+from shiq_lab.bellman import EPS, Solution, environment_average, evaluate, solve
 from shiq_lab.enumeration import count_trajectories, enumerate_trajectories
 from shiq_lab.graph import Floats
 from shiq_lab.losses import shiq, steps
-from shiq_lab.losses.methods import METHODS
+from shiq_lab.losses.methods import METHODS, Method
 from shiq_lab.losses.residuals import actions_of
 from shiq_lab.mdp import TokenMDP
 from shiq_lab.policies import softmax_policy
@@ -54,6 +54,7 @@ class Case:
     gamma: float
     seed: int = 0
     rows: int = 64
+    policy: Floats | None = None  # the behaviour, where it is not to be a random one
 
     @cached_property
     def rng(self) -> np.random.Generator:
@@ -80,7 +81,9 @@ class Case:
 
     @cached_property
     def behavior(self) -> Floats:
-        """Random, full support: half the reference, half a random softmax (so episodes end as surely as the reference's)."""
+        """`policy`, or the reference tilted at random: full support, and episodes that end."""
+        if self.policy is not None:
+            return self.policy
         noise = np.random.default_rng(self.seed + 2).normal(size=self.mdp.ref_logits.shape)
         return softmax_policy(self.mdp, np.where(self.mdp.allowed, self.mdp.ref_log_policy, 0.0) + 0.5 * noise)
 
@@ -313,42 +316,67 @@ def f8(case: Case) -> Iterator[Finding]:
 
 def _lands(mdp: TokenMDP) -> Floats:
     """float[S, S]: the policy state that an environment state leads to, with its probability; itself for policy states."""
-    from shiq_lab.bellman import environment_average
-
     return environment_average(mdp).solve(np.diag(mdp.is_policy.astype(np.float64)))
 
 
-def f9(case: Case) -> Iterator[Finding]:
-    """The expected gradient at l* in a random world: one-step -2 beta gamma E[d_{k-1} pi*(.|s_k)], ShiQ
-    2 beta E[X (mu - pi*)(.|s_k)], X = sum_{j<k} gamma^{k-j} d_j sum_{i<=j} gamma^{2i}; zero on data of pi* for ShiQ."""
-    if not case.listed:
-        return
+def bias_formulas(case: Case) -> dict[str, Floats]:
+    """F9's expected gradient at l* of each full-gradient loss, float[S, V], from the listed one-step residuals d.
+
+        one-step   -2 beta gamma E[ d_{k-1} pi*(.|s_k) ]
+        ShiQ        2 beta E[ X (mu - pi*)(.|s_k) ],    X = sum_{j<k} gamma^{k-j} d_j sum_{i<=j} gamma^{2i}
+        rho_0       the same with                       X = gamma^k sum_{j<k} gamma^j d_j
+
+    The naive and the easy step have the same d at their own optimum, so they share the first line.
+    """
     batch, beta, gamma = case.batch, case.beta, case.gamma
     actions = actions_of(batch)
-    d = case.residuals(case.optimal, batch, 1)
-    T = d.shape[1]
-    k = np.arange(T)
-    lag = np.where(k[None] < k[:, None], gamma ** np.maximum(k[:, None] - k[None], 0), 0.0)  # [k, j]
-    X = d.numpy() * np.cumsum(gamma ** (2.0 * k))[None] @ lag.T
+    d = case.residuals(case.optimal, batch, 1).numpy()
+    k = np.arange(d.shape[1])
+    earlier = k[:, None] > k[None]  # [k, j]
+    lag = np.where(earlier, gamma ** np.maximum(k[:, None] - k[None], 0), 0.0)
     state = batch.states[:, :-1].gather(1, actions.index).clamp(min=0).numpy()  # type: ignore[union-attr]
     weight = np.where(actions.real.numpy(), batch.weights.numpy()[:, None], 0.0)
     best = np.where(case.mdp.allowed, np.exp(case.solution.log_policy()), 0.0)
-    before = np.pad(d.numpy(), ((0, 0), (1, 0)))[:, :-1]
-    coefficient = np.zeros((2, case.mdp.n_states))
-    np.add.at(coefficient[0], state, weight * X)
-    np.add.at(coefficient[1], state, weight * before)
-    shiq_bias = 2 * beta * coefficient[0][:, None] * (np.exp(case.behavior) - best)
-    one_bias = -2 * beta * gamma * coefficient[1][:, None] * best
-    full = case.gradient(case.optimal, lambda t: case.population.loss(t)).numpy()
-    one = case.gradient(case.optimal, lambda t: case.population.loss(t, n_steps=1)).numpy()
-    size = 8 * beta * case.rounding * T
-    policy = case.mdp.is_policy[:, None]
-    yield Finding("F9", "ShiQ's expected gradient at l* = formula", _worst(np.where(policy, full - shiq_bias, 0.0)), size)
-    yield Finding("F9", "one-step's expected gradient at l* = formula", _worst(np.where(policy, one - one_bias, 0.0)), size)
-    own = Population(case.mdp, case.solution.log_policy(), beta, gamma)
-    yield Finding("F9", "ShiQ's on data of pi* itself", _worst(case.gradient(case.optimal, lambda t: own.loss(t))), size)
-    if not case.mdp.deterministic and gamma > 0.5:
-        yield Finding("F9", "the off-policy bias is not 0", _worst(full), 100 * size, above=True)
+
+    def per_state(x: Floats) -> Floats:
+        total = np.zeros(case.mdp.n_states)
+        np.add.at(total, state, weight * x)
+        return total[:, None]
+
+    off_policy = np.where(case.mdp.is_policy[:, None], np.exp(case.behavior) - best, 0.0)
+    one = -2 * beta * gamma * per_state(np.pad(d, ((0, 0), (1, 0)))[:, :-1]) * best * case.mdp.is_policy[:, None]
+    multi = 2 * beta * per_state(d * np.cumsum(gamma ** (2.0 * k)) @ lag.T) * off_policy
+    first = 2 * beta * per_state(gamma**k * ((gamma**k * d) @ earlier.T)) * off_policy
+    return {"naive": one, "easy": one, "shifted": one, "shiq": multi, "sequence": first}
+
+
+def optimum_of(case: Case, method: Method) -> Tensor:
+    """The table at which a method's logits say q*: q* / beta, + ln pi_ref for the easy step, + l_ref for the shifted ones."""
+    q = torch.tensor(np.where(case.mdp.allowed & case.mdp.is_policy[:, None], case.solution.q(), 0.0)) / case.beta
+    if method.step is steps.naive:
+        return torch.where(torch.tensor(np.array(case.mdp.allowed)), q, -torch.inf)
+    return q + (torch.tensor(case.mdp.ref_log_policy) if method.step is steps.easy else case.ref)
+
+
+def expected_gradient(case: Case, name: str) -> Floats:
+    """The exact expected gradient float[S, V] of a method at its own optimum, by differentiating the population loss."""
+    method = METHODS[name]
+    options = {"step": method.step, "n_steps": method.n_steps, "first_only": method.form == "first"}
+    return case.gradient(optimum_of(case, method), lambda t: case.population.loss(t, **options)).numpy()  # type: ignore[arg-type]
+
+
+def f9(case: Case) -> Iterator[Finding]:
+    """In a random world the expected gradient at l* is what `bias_formulas` says; ShiQ's is zero on data of pi* itself."""
+    if not case.listed:
+        return
+    size = 8 * case.beta * case.rounding * case.batch.input_ids.shape[1]
+    for name, formula in bias_formulas(case).items():
+        gradient = expected_gradient(case, name)
+        yield Finding("F9", f"{name}: expected gradient at l* = formula", _worst(gradient - formula), size)
+        if name == "shiq" and not case.mdp.deterministic and case.policy is None and case.gamma > 0.5:
+            yield Finding("F9", "ShiQ's off-policy bias is not 0", _worst(gradient), 100 * size, above=True)
+    own = replace(case, policy=case.solution.log_policy())
+    yield Finding("F9", "ShiQ's on data of pi* itself", _worst(expected_gradient(own, "shiq")), size)
 
 
 def f10(case: Case) -> Iterator[Finding]:
