@@ -35,7 +35,7 @@ def _figure(**options: Any) -> "Figure":
 def selftest_figure(report: "Report") -> "Figure":
     """Max Q error of every method on every environment, on a logarithmic axis from rounding to failure."""
     names = list(dict.fromkeys(t.environment for t in report.trained))
-    figure = _figure(figsize=(9, 0.42 * len(names) + 2.2), dpi=150)
+    figure = _figure(figsize=(9, 0.5 * len(names) + 2.2), dpi=150)
     axes = figure.add_subplot()
     axes.axvspan(1e-17, 1e-8, color="#009E73", alpha=0.10, lw=0)
     axes.axvline(1e-8, color="#555555", lw=1, ls="--")
@@ -43,14 +43,21 @@ def selftest_figure(report: "Report") -> "Figure":
     for k, method in enumerate(present):
         lines = [t for t in report.trained if t.method == method]
         x = [max(t.metrics.q_error, 1e-17) for t in lines]
-        y = [names.index(t.environment) + 0.11 * (k - (len(present) - 1) / 2) for t in lines]
-        axes.scatter(x, y, s=42, color=COLORS[method], marker=MARKERS[method], label=method, edgecolor="white", lw=0.5, zorder=3)
-    axes.set(xscale="log", xlim=(1e-17, 30), ylim=(len(names) - 0.45, -0.55), xlabel="max |q̂ − q*| over reachable states and tokens")
+        y = [names.index(t.environment) + 0.125 * (k - (len(present) - 1) / 2) for t in lines]
+        axes.scatter(
+            x, y, s=42, color=COLORS[method], marker=MARKERS[method], label=method, edgecolor="white", lw=0.5, zorder=3
+        )
+    axes.set(
+        xscale="log", xlim=(1e-17, 30), ylim=(len(names) - 0.45, -0.55), xlabel="max |q̂ − q*| over reachable states and tokens"
+    )
     axes.set_yticks(range(len(names)), names)
     axes.grid(axis="x", color="#dddddd", lw=0.6)
     axes.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
+    note: dict[str, Any] = {"y": -0.42, "fontsize": 9, "color": "#555555", "va": "top"}
+    axes.text(1e-8 / 3, s="exact in float64", ha="right", **note)
+    axes.text(3e-8, s="missed", **note)
     axes.set_title("Trained from the reference, read out, compared with the exact q*", loc="left", fontsize=11)
     figure.legend(loc="outside lower center", ncols=len(present), frameon=False, fontsize=9)
     return figure
@@ -61,6 +68,8 @@ def save(figure: "Figure", path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format=path.suffix.lstrip(".") or "png", metadata={"Software": None} if path.suffix == ".png" else None)
+    figure.savefig(
+        partial, format=path.suffix.lstrip(".") or "png", metadata={"Software": None} if path.suffix == ".png" else None
+    )
     os.replace(partial, path)
     return path

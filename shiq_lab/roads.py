@@ -1,8 +1,8 @@
 """Second roads to the exact answer, each sharing as little as possible with `bellman.solve`.
 
-    listing          every string and its probability; a plain weighted sum
-    linear system    z = exp(v / beta) solves a linear system where gamma = 1 and no reply is random
-    plain iteration  v <- T(v) on all states at once until nothing moves, in torch, with no order of states and no blocks
+listing          every string and its probability; a plain weighted sum
+linear system    z = exp(v / beta) solves a linear system where gamma = 1 and no reply is random
+plain iteration  v <- T(v) on all states at once until nothing moves, in torch, with no order of states and no blocks
 """
 
 from collections.abc import Iterator

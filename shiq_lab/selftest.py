@@ -21,6 +21,9 @@ from shiq_lab.training import Metrics, episode_kl, stationary, train
 
 ROADS_AGREE = 1e-10  # of the scale 1 + max|q*|: linear systems of a few thousand eps and condition numbers up to 1e3
 Q_EXACT, KL_EXACT = 1e-8, 1e-12  # what training must reach in float64; seen: 1e-14 and 1e-28
+EXACT = "recovers q*, v*, pi*"
+INNER = "expected: inner q* missed"
+BIASED = "expected: biased"
 SEEN = 1e-3  # a predicted error is worth showing from here on; below, a method that must fail has not failed
 
 
@@ -103,14 +106,14 @@ def train_all(name: str, case: Case, deterministic: bool) -> Iterator[tuple[Trai
         expected: list[Finding] = []
         if not deterministic and method.form in ("square", "first"):
             expected = _biased(case, key, m)
-            verdict = "biased by random replies, as predicted"
+            verdict = BIASED
         elif method.form == "first":
             expected = _sequence_only(case, trained.logits, m)
-            verdict = "policy exact; inner q* missed, as predicted" if m.q_error > SEEN else "recovers q*, v*, pi*"
+            verdict = INNER if m.q_error > SEEN else EXACT
         else:
             fine = m.q_error <= Q_EXACT and m.v_error <= Q_EXACT and m.kl <= KL_EXACT
-            expected = [Finding("train", "recovers q*, v*, pi*", 0.0 if fine else 1.0, 0.5)]
-            verdict = "recovers q*, v*, pi*"
+            expected = [Finding("train", f"{key}: q*, v*, pi* recovered", 0.0 if fine else 1.0, 0.5)]
+            verdict = EXACT
             if key == "naive":
                 expected += _without_reference(case.solution, trained.logits)
             if key == "easy":

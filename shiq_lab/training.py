@@ -1,7 +1,7 @@
 """Training a table: exactly, on the population loss, or on sampled rows; and measuring it against the truth."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from shiq_lab.batch import TokenBatch
 from shiq_lab.bellman import Solution, evaluate, solve
-from shiq_lab.errors import bad
+from shiq_lab.errors import at_least, bad, is_real
 from shiq_lab.graph import Floats
-from shiq_lab.losses import methods
+from shiq_lab.losses import methods, shiq
 from shiq_lab.losses.methods import Method
 from shiq_lab.losses.steps import naive
-from shiq_lab.mdp import TokenMDP
+from shiq_lab.mdp import TokenMDP, check_mdp, real_array
 from shiq_lab.policies import covering, softmax_policy
 from shiq_lab.population import Population
 from shiq_lab.progress import progress
@@ -79,7 +79,10 @@ def measure(solution: Solution, logits: Floats, method: Method) -> Metrics:
 # --------------------------------------------------------------------------------------------------- exact training
 @dataclass(frozen=True)
 class Training:
-    """A trained table and how it came about; loss and q_error hold the value after each step that was recorded."""
+    """A trained table and how it came about; loss and q_error hold the value after each step that was recorded.
+
+    untried counts the reachable (policy state, allowed token) pairs that the rows never act with: F8 promises nothing then.
+    """
 
     logits: Floats
     metrics: Metrics
@@ -88,16 +91,18 @@ class Training:
     optimizer: str
     recorded_at: list[int] = field(default_factory=list)
     q_error: list[float] = field(default_factory=list)
+    untried: int = 0
 
     def to_json(self) -> dict[str, object]:
         """Everything but the table."""
-        return {"metrics": asdict(self.metrics), "steps": self.steps, "optimizer": self.optimizer, "loss": self.loss} | (
-            {"recorded_at": self.recorded_at, "q_error": self.q_error} if self.q_error else {}
-        )
+        out: dict[str, object] = asdict(self)
+        del out["logits"]
+        return out
 
 
 def stationary(mdp: TokenMDP) -> TokenMDP:
     """The automaton a table can be trained on: itself, or unrolled where it has a horizon."""
+    check_mdp(mdp)
     return mdp if mdp.horizon is None else mdp.unroll()
 
 
@@ -117,11 +122,15 @@ def train(
     how often the behaviour comes by. "semi": the scaled expected semi-gradient. "turns": Gauss-Newton against targets
     frozen in between. behavior: float[S, V] log-probabilities of the (unrolled) automaton, default `policies.covering`.
     """
-    method = methods.lookup(loss) if isinstance(loss, str) else loss
+    method = loss if isinstance(loss, Method) else methods.lookup(loss)
+    max_steps = at_least("max_steps", max_steps, 0)
     mdp = stationary(mdp)
+    begin = real_array("start", mdp.ref_logits if start is None else start, mdp.next_state.shape)
+    if not np.isfinite(begin[mdp.allowed]).all():
+        raise bad("start", "finite logits of allowed tokens", "NaN or an infinity", "Forbid tokens in mdp.ref_logits.")
     solution = solve(mdp, beta=beta, gamma=gamma)
     population = Population(mdp, covering(mdp) if behavior is None else behavior, beta, gamma)
-    logits = torch.tensor(np.where(mdp.allowed, mdp.ref_logits if start is None else start, 0.0))
+    logits = torch.tensor(np.where(mdp.allowed, begin, 0.0))
     follow = {"semi": _semi_gradient, "turns": _turns}.get(method.form, _squares)
     logits, losses, optimizer = follow(population, method, logits, max_steps)
     table = np.where(mdp.allowed, logits.numpy(), -np.inf)
@@ -256,7 +265,46 @@ def _turns(population: Population, method: Method, logits: Tensor, max_steps: in
     return logits, history, "Gauss-Newton inside turns, targets renewed"
 
 
-# ------------------------------------------------------------------------------------------------- sampled training
+# ---------------------------------------------------------------------------------------------------- rows of data
+def train_on_rows(
+    mdp: TokenMDP, loss: str | Method, batch: TokenBatch, *, beta: float, gamma: float = 1.0, max_steps: int = 200
+) -> Training:
+    """Gauss-Newton on the empirical loss of a fixed set of rows that know their states (of the unrolled automaton).
+
+    In a deterministic world the zero is that of the population loss as soon as the rows act in every reachable policy state
+    with every allowed token (F8); what they never take keeps its reference logit.
+    """
+    method = loss if isinstance(loss, Method) else methods.lookup(loss)
+    if method.form not in ("square", "first"):
+        raise bad("loss", "a full-gradient loss for data in rows", repr(method.form), "Or train_sampled, by SGD.")
+    mdp = stationary(mdp)
+    allowed, ref = torch.tensor(np.array(mdp.allowed)), torch.tensor(mdp.ref_logits)
+    ref_stats = TokenStats.from_table(ref, batch)
+    weight = batch.weights[:, None] / batch.weights.sum()
+
+    def squares(x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        table = torch.where(allowed, x, -torch.inf)
+        stats = TokenStats.from_table(table, batch, ref_table=ref if method.step is naive else None)
+        rho, _ = shiq.residuals_of(method.step, stats, ref_stats, batch, beta, gamma, method.n_steps)
+        return [(weight.expand_as(rho[:, :1]), rho[:, :1])] if method.form == "first" else [(weight.expand_as(rho), rho)]
+
+    acted = batch.completion_mask[:, 1:] == 1
+    state, token = batch.states[:, :-1][acted], batch.input_ids[:, 1:][acted]  # type: ignore[index]
+    visits = torch.zeros(ref.shape, dtype=torch.float64).index_put_(
+        (state, token), weight.expand(acted.shape)[acted], accumulate=True
+    )
+    weigh = visits.sum(1, keepdim=True).expand_as(visits) if method.form == "first" else visits
+    scale = torch.where(weigh > 0, 1 / torch.where(weigh > 0, weigh, 1.0), 0.0)
+    start = torch.where(allowed, ref, 0.0)
+    size = float(np.abs(mdp.reward).max()) + beta * float(start.abs().max())
+    logits, losses = gauss_newton(squares, start, scale, size, max_steps)
+    table = np.where(mdp.allowed, logits.numpy(), -np.inf)
+    metrics = measure(solve(mdp, beta=beta, gamma=gamma), table, method)
+    edges = mdp.allowed & (mdp.reachable & mdp.is_policy)[:, None]
+    untried = int((edges & (visits.numpy() == 0)).sum())
+    return Training(table, metrics, losses, len(losses), "Gauss-Newton, conjugate gradients, on rows", untried=untried)
+
+
 def train_sampled(
     mdp: TokenMDP,
     loss: str | Method,
@@ -273,9 +321,11 @@ def train_sampled(
 
     `batches` yields TokenBatches that know their states. Stops early once max Q error <= stop_below.
     """
-    method = methods.lookup(loss) if isinstance(loss, str) else loss
-    if not learning_rate > 0:
-        raise bad("learning_rate", "a number > 0", repr(learning_rate))
+    method = loss if isinstance(loss, Method) else methods.lookup(loss)
+    if not is_real(learning_rate) or not 0 < learning_rate < np.inf:
+        raise bad("learning_rate", "a finite number > 0", repr(learning_rate))
+    steps, record_every = at_least("steps", steps, 1), at_least("record_every", record_every, 1)
+    batches = iter(batches)
     mdp = stationary(mdp)
     solution = solve(mdp, beta=beta, gamma=gamma)
     allowed = torch.tensor(np.array(mdp.allowed))
@@ -284,7 +334,9 @@ def train_sampled(
     losses, at, errors = [], [], []
     done = 0
     for done in progress(range(1, steps + 1), f"SGD on {mdp.name or 'a table'}"):
-        batch = next(batches)
+        batch = next(batches, None)
+        if batch is None:
+            raise bad("batches", f"one for each of {steps} steps", done - 1)
         value = table_loss(method, torch.where(allowed, table, -torch.inf), ref, batch, beta, gamma)
         (gradient,) = torch.autograd.grad(value, table)
         with torch.no_grad():
@@ -298,6 +350,31 @@ def train_sampled(
                 break
     final = np.where(mdp.allowed, table.detach().numpy(), -np.inf)
     return Training(final, measure(solution, final, method), losses, done, f"SGD, constant step {learning_rate:g}", at, errors)
+
+
+def minibatches(batch: TokenBatch, size: int, *, rng: np.random.Generator | int) -> Iterator[TokenBatch]:
+    """Endless mini-batches drawn with replacement by the rows' weights: independent rows of what the weights describe."""
+    rng = np.random.default_rng(rng)
+    ladder = np.cumsum(batch.weights.numpy())
+    plain = replace(batch, weights=torch.ones_like(batch.weights))
+    while True:
+        rows = np.searchsorted(ladder, rng.random(size) * ladder[-1], side="right")
+        yield plain.select(torch.from_numpy(rows))
+
+
+def hessian_condition(population: Population, method: Method, logits: Tensor) -> float:
+    """Condition number of the population loss's Hessian at a zero of it, over the entries that the behaviour reaches."""
+    use = torch.tensor(np.isfinite(population.mdp.ref_logits)) & (scaling(population, method) > 0)
+    base = torch.where(use, logits, 0.0)
+
+    def roots(x: Tensor) -> Tensor:
+        parts = population.squares(
+            base.index_put(torch.where(use), x), method.step, method.n_steps, method.form == "first", None
+        )
+        return torch.cat([(w.sqrt() * f).reshape(-1) for w, f in parts])
+
+    jacobian = torch.autograd.functional.jacobian(roots, base[use])
+    return float(torch.linalg.cond(jacobian)) ** 2
 
 
 def table_loss(method: Method, table: Tensor, ref: Tensor, batch: TokenBatch, beta: float, gamma: float) -> Tensor:

@@ -1,0 +1,345 @@
+"""The command line: shiq-lab envs | solve | selftest | train | bench."""
+
+import ast
+import difflib
+import importlib.util
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from shiq_lab import envs
+from shiq_lab.bellman import Solution, solve
+from shiq_lab.errors import bad
+from shiq_lab.losses import methods
+from shiq_lab.mdp import TokenMDP
+
+# A pipe has no width of its own; 110 columns keep the tables whole.
+out = Console(width=None if sys.stdout.isatty() else 110)
+err = Console(stderr=True)
+
+
+class _Commands(typer.core.TyperGroup):
+    """Unknown commands get the nearest known one."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        known = self.list_commands(ctx)
+        if args and args[0] not in known and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+            ctx.fail(f"no command {args[0]!r}. {hint}")
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Token MDPs with exactly known Q-values, and losses checked against them.",
+)  # fmt: skip
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
+Beta = Annotated[float | None, typer.Option(help="KL weight; default: the environment's own.")]
+Gamma = Annotated[float | None, typer.Option(help="Discount; default: the environment's own.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="A parameter of the builder: key=value. Repeatable.")]
+Which = Annotated[str, typer.Argument(metavar="ENV", help="A name, FILE.py:builder, or a saved FILE.npz.")]
+
+
+def load(which: str, settings: list[str] | None, beta: float | None, gamma: float | None) -> tuple[TokenMDP, float, float]:
+    """The automaton that an ENV argument means, with the beta and gamma to use."""
+    parameters = dict(_setting(text) for text in settings or [])
+    if which.endswith(".npz"):
+        if parameters:
+            raise bad("--set", "nothing for a saved automaton", ", ".join(parameters))
+        try:
+            mdp = TokenMDP.load(which)
+        except FileNotFoundError:
+            raise bad("ENV", "an existing .npz file", repr(which)) from None
+        return mdp, beta or 1.0, gamma or 1.0
+    if ":" in which:
+        return _build(_builder(which), parameters), 1.0 if beta is None else beta, 1.0 if gamma is None else gamma
+    environment = envs.lookup(which)
+    mdp = _build(environment.builder, parameters)
+    return mdp, environment.beta if beta is None else beta, environment.gamma if gamma is None else gamma
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise bad("--set", "key=value", repr(text))
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def _builder(which: str) -> Callable[..., Any]:
+    path, _, name = which.rpartition(":")
+    if not Path(path).is_file():
+        raise bad("ENV", "FILE.py:builder with an existing file", repr(which))
+    spec = importlib.util.spec_from_file_location("shiq_lab_user_environment", path)
+    if spec is None or spec.loader is None:
+        raise bad("ENV", "a Python file", repr(path))
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise bad("ENV", "a file that can be imported", f"{path!r}, which raises {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, name, None)):
+        raise bad("ENV", f"a function in {path}", repr(name))
+    return getattr(module, name)  # type: ignore[no-any-return]
+
+
+def _build(builder: Callable[..., Any], parameters: dict[str, Any]) -> TokenMDP:
+    known = inspect.signature(builder).parameters
+    for key in parameters:
+        if key not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            near = difflib.get_close_matches(key, known, n=1)
+            raise bad("--set", f"one of {', '.join(known)}", repr(key), f"Did you mean {near[0]!r}?" if near else "")
+    mdp = builder(**parameters)
+    if not isinstance(mdp, TokenMDP):
+        raise bad("ENV", "a builder that returns a TokenMDP", type(mdp).__name__)
+    return mdp
+
+
+def _json(value: Any) -> None:
+    """Strict JSON on standard output: an infinite number becomes null."""
+
+    def clean(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {k: clean(v) for k, v in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [clean(v) for v in x]
+        if isinstance(x, (float, np.floating)):
+            return float(x) if np.isfinite(x) else None
+        return x.item() if isinstance(x, np.generic) else x
+
+    print(json.dumps(clean(value), allow_nan=False))
+
+
+# ---------------------------------------------------------------------------------------------------------- commands
+@app.command("envs")
+def show_envs(json_: Json = False) -> None:
+    """List the environments: what each tests, and its size."""
+    rows = []
+    for name, environment in envs.ENVIRONMENTS.items():
+        mdp = environment.builder()
+        card = inspect.getdoc(environment.builder) or ""
+        rows.append({
+            "name": name,
+            "policy_states": int((mdp.reachable & mdp.is_policy).sum()),
+            "states": mdp.n_states,
+            "tokens": mdp.n_tokens,
+            "horizon": mdp.horizon,
+            "beta": environment.beta,
+            "gamma": environment.gamma,
+            "deterministic": mdp.deterministic,
+            "summary": card.splitlines()[0].partition(": ")[2] if card else "",
+        })  # fmt: skip
+    if json_:
+        return _json(rows)
+    table = Table("environment", "policy states", "tokens", "beta", "gamma", "what it is", box=None, header_style="bold")
+    for row in rows:
+        table.add_row(row["name"], *(f"{row[k]:g}" for k in ("policy_states", "tokens", "beta", "gamma")), row["summary"])
+    out.print(table)
+
+
+@app.command("solve")
+def show_solution(
+    env: Which, beta: Beta = None, gamma: Gamma = None, set_: Sets = None,
+    states: Annotated[int, typer.Option(help="How many states to print, along the likeliest strings.")] = 12,
+    strings: Annotated[int, typer.Option(help="How many best and most likely strings to print.")] = 3,
+    json_: Json = False,
+) -> None:  # fmt: skip
+    """Solve an environment exactly: values, policy, best and most likely strings."""
+    mdp, beta, gamma = load(env, set_, beta, gamma)
+    solution = solve(mdp, beta=beta, gamma=gamma)
+    likely, best = _strings(mdp, beta, gamma, strings)
+    if json_:
+        return _json(_solution_json(solution, likely, best))
+    out.print(
+        f"[bold]{mdp.name or env}[/bold]  beta {beta:g}, gamma {gamma:g}:  J(pi*) = v*(start) = {solution.objective:.12g}"
+    )
+    table = Table("state", "owner", "v*", "token", "q*", "pi_ref", "pi*", box=None, header_style="bold")
+    q, policy = solution.q(), np.exp(solution.log_policy())
+    order = _along(mdp, likely, states)
+    for state in order:
+        owner = "policy" if mdp.is_policy[state] else "environment"
+        tokens = np.flatnonzero(mdp.allowed[state])
+        for i, token in enumerate(sorted(tokens, key=lambda a, s=state: -policy[s, a])[:4]):  # type: ignore[misc]
+            head = (str(state), owner, f"{solution.v()[state]:.6g}") if i == 0 else ("", "", "")
+            chances = (f"{np.exp(mdp.ref_log_policy[state, token]):.4f}", f"{policy[state, token]:.4f}")
+            table.add_row(*head, mdp.show(int(token)), f"{round(q[state, token], 12):.6g}", *chances)
+        if len(tokens) > 4:
+            table.add_row("", "", "", f"... {len(tokens) - 4} more", "", "", "")
+    out.print(table)
+    if mdp.n_states > len(order):
+        out.print(f"{len(order)} of {mdp.n_states} states; --states for more, --json for all.", style="dim")
+    for title, rows in (("most likely under pi*", likely), ("highest return", best)):
+        out.print(f"[bold]{title}[/bold]" + ("" if rows else ": none, a loop pays without end"))
+        for total, said in rows:
+            out.print(f"  {np.exp(total) if title.startswith('most') else total:10.6g}  {_say(mdp, said)}", markup=False)
+
+
+def _say(mdp: TokenMDP, tokens: list[int]) -> str:
+    return " ".join(mdp.show(token) for token in tokens)
+
+
+Strings = list[tuple[float, list[int]]]
+
+
+def _strings(mdp: TokenMDP, beta: float, gamma: float, count: int) -> tuple[Strings, Strings]:
+    """The likeliest strings under pi* and those of the highest return."""
+    from shiq_lab.strings import best_strings
+
+    flat = mdp if mdp.horizon is None else mdp.unroll()
+    chances = solve(flat, beta=beta, gamma=gamma).log_policy()
+    return list(islice(best_strings(flat, chances), count)), list(islice(best_strings(flat, flat.reward, gamma), count))
+
+
+def _along(mdp: TokenMDP, strings: Strings, most: int) -> list[int]:
+    """States in the order in which the strings come through them."""
+    seen: dict[int, None] = {mdp.start: None}
+    for _, tokens in strings:
+        state = mdp.start
+        for token in tokens:
+            state = int(mdp.next_state[state, token])
+            if state < 0:
+                break
+            seen[state] = None
+    return list(seen)[:most]
+
+
+def _solution_json(solution: Solution, likely: Strings, best: Strings) -> dict[str, Any]:
+    mdp = solution.mdp
+    layers = len(solution.values) - 1 if solution.time_dependent else 1
+    names = lambda rows: [{"total": t, "tokens": [mdp.show(a) for a in s], "ids": s} for t, s in rows]  # noqa: E731
+    return {
+        "name": mdp.name, "beta": solution.beta, "gamma": solution.gamma, "objective": solution.objective,
+        "error_bound": solution.error_bound, "start": mdp.start, "is_policy": mdp.is_policy.tolist(),
+        "v": [solution.v(t).tolist() for t in range(layers)], "q": [solution.q(t).tolist() for t in range(layers)],
+        "log_policy": [solution.log_policy(t).tolist() for t in range(layers)],
+        "most_likely": names(likely), "highest_return": names(best),
+    }  # fmt: skip
+
+
+@app.command()
+def selftest(
+    env: Annotated[list[str] | None, typer.Option(help="Only this environment. Repeatable.")] = None,
+    figure: Annotated[Path, typer.Option(help="Where the figure goes.")] = Path("figures/selftest.png"),
+    json_: Json = False,
+) -> None:
+    """Check the project's own losses against the exact truth; exit 1 if anything falls short."""
+    import torch
+
+    from shiq_lab import plotting
+    from shiq_lab.selftest import run
+
+    torch.set_num_threads(1)  # small tables: more threads only wait for each other
+    report = run(env)
+    where = plotting.save(plotting.selftest_figure(report), figure)
+    if json_:
+        _json(report.to_json())
+    else:
+        _print_report(report)
+        out.print(f"figure: {where}", style="dim")
+    raise typer.Exit(0 if report.passed else 1)
+
+
+def _print_report(report: Any) -> None:
+    from shiq_lab.selftest import EXACT
+
+    heads = ("environment", "states", "tokens", "method", "max q err", "max v err", "KL", "gap", "verdict")
+    table = Table(*heads, box=None, padding=(0, 1), pad_edge=False, header_style="bold")
+    last = ""
+    for t in report.trained:
+        head = (t.environment, str(t.states), str(t.tokens)) if t.environment != last else ("", "", "")
+        numbers = (f"{x:.0e}" for x in (t.metrics.q_error, t.metrics.v_error, t.metrics.kl, t.metrics.gap))
+        style = "red" if not t.ok else "green" if t.verdict == EXACT else "yellow"
+        table.add_row(*head, t.method, *numbers, f"[{style}]{t.verdict}[/{style}]")
+        last = t.environment
+    out.print(table)
+    worst = max((gap for _, _, gap in report.roads), default=float("nan"))
+    names = {e for e, _, _ in report.roads}
+    out.print(
+        f"\ntwo roads: {len(names)} environments by {len(report.roads)} second roads, largest relative difference {worst:.0e}"
+    )
+    facts = dict.fromkeys(f.fact for _, f in report.findings)
+    for fact in facts:
+        mine = [(e, f) for e, f in report.findings if f.fact == fact]
+        good = sum(f.holds for _, f in mine)
+        mark = "[green]holds[/green]" if good == len(mine) else "[red]FAILS[/red]"
+        out.print(f"  {fact:4s} {mark}  {good}/{len(mine)} measurements on {len({e for e, _ in mine})} environments")
+    predicted = sum(f.holds for _, f in report.expected)
+    out.print(f"expected outcomes, each by its predicted size: {predicted}/{len(report.expected)}")
+    for line in report.failures():
+        out.print(f"[red]FELL SHORT[/red] {line}")
+    out.print("[bold green]all checks hold[/bold green]" if report.passed else "[bold red]some checks fail[/bold red]")
+
+
+@app.command("train")
+def train_table(
+    env: Which,
+    loss: Annotated[str, typer.Option(help=f"One of: {', '.join(methods.METHODS)}.")] = "shiq",
+    data: Annotated[str, typer.Option(help="population (exact), listed, sampled or gym.")] = "population",
+    behavior: Annotated[str, typer.Option(help="covering, uniform, reference, mixed or on-path.")] = "covering",
+    rows: Annotated[int, typer.Option(help="Rows to sample or episodes to play.")] = 20_000,
+    seed: Annotated[int, typer.Option(help="Of the sampled rows.")] = 0,
+    beta: Beta = None, gamma: Gamma = None, set_: Sets = None, json_: Json = False,
+) -> None:  # fmt: skip
+    """Train a table of logits from the reference, and measure it against the exact optimum."""
+    from shiq_lab import data as sources
+    from shiq_lab.training import stationary, train, train_on_rows
+
+    mdp, beta, gamma = load(env, set_, beta, gamma)
+    flat = stationary(mdp)
+    policy = sources.behavior(flat, behavior, beta, gamma)
+    if data == "population":
+        trained = train(flat, loss, beta=beta, gamma=gamma, behavior=policy)
+    else:
+        batch = sources.rows(flat, data, policy, rows, seed)
+        trained = train_on_rows(flat, loss, batch, beta=beta, gamma=gamma)
+    m = trained.metrics
+    if json_:
+        return _json({"environment": mdp.name, "loss_name": loss, "data": data, "behavior": behavior} | trained.to_json())
+    title = f"[bold]{mdp.name or env}[/bold]  {loss} on {data} data, behaviour {behavior}"
+    out.print(f"{title}; {trained.steps} steps: {trained.optimizer}")
+    if trained.untried:
+        out.print(
+            f"[yellow]{trained.untried} reachable (state, token) pairs never occur in these rows[/yellow]: q* is missed there"
+        )
+    table = Table("max |q - q*|", "max |v - v*|", "KL(pi*||pi)", "J", "J*", "gap", box=None, header_style="bold")
+    table.add_row(
+        *(f"{x:.3e}" for x in (m.q_error, m.v_error, m.kl)), *(f"{x:.9g}" for x in (m.objective, m.optimum)), f"{m.gap:.1e}"
+    )
+    out.print(table)
+
+
+@app.command()
+def bench(
+    repeats: Annotated[int, typer.Option(help="Repeats of every timing; medians are reported.")] = 5,
+) -> None:
+    """Run the benchmarks of this clone; each prints JSON."""
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    scripts = sorted(folder.glob("*.py"))
+    if not scripts:
+        raise bad("bench", "a clone of the repository with benchmarks/", f"none beside {folder.parent}")
+    for script in scripts:
+        done = subprocess.run([sys.executable, str(script), "--repeats", str(repeats)], check=False)
+        if done.returncode:
+            raise typer.Exit(done.returncode)
+
+
+def main() -> None:
+    """Entry point: bad input is one line on standard error and exit code 2, never a traceback."""
+    try:
+        app()
+    except ValueError as error:
+        err.print(f"[red]error[/red] {error}", soft_wrap=True, highlight=False)
+        sys.exit(2)
