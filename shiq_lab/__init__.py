@@ -38,3 +38,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME])
+
+
+# gymnasium.make("shiq_lab:shiq/NAME-v0") imports this package and then looks the id up: so the ids are registered here.
+from shiq_lab.gym import register_environments as _register  # noqa: E402
+
+_register()

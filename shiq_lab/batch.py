@@ -1,7 +1,7 @@
 """TokenBatch: the one batch type, in causal-LM layout, and what makes one out of another: padding, cutting, packing."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -40,6 +40,12 @@ class TokenBatch:
     states: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not isinstance(value, Tensor) and (value is not None or f.default is MISSING):
+                raise bad(f.name, "a tensor", type(value).__name__)
+        if self.terminated.dtype != torch.bool:
+            raise bad("terminated", "booleans", f"dtype {self.terminated.dtype}")
         shape = tuple(self.input_ids.shape)
         if len(shape) != 2:
             raise bad("input_ids", "shape [B, L]", f"shape {shape}")
@@ -69,6 +75,10 @@ class TokenBatch:
         if stray.any():
             row, position = (int(x) for x in stray.nonzero()[0])
             raise bad("completion_mask", "0 in padding", f"1 at row {row}, position {position}")
+        lost = (self.completion_mask == 1) & ~torch.isfinite(self.rewards)
+        if lost.any():
+            row, position = (int(x) for x in lost.nonzero()[0])
+            raise bad("rewards", "finite numbers", f"{self.rewards[row, position].item()} at row {row}, position {position}")
         first = self.first_tokens() & (self.completion_mask == 1)
         if first.any():
             row, position = (int(x) for x in first.nonzero()[0])
@@ -215,7 +225,8 @@ def pack(batch: TokenBatch, width: int) -> TokenBatch:
             at += length[row]
     if batch.states is None:
         del wide["states"]
-    return TokenBatch(**wide, terminated=terminated, weights=weights, group_ids=group_ids)
+    packed = TokenBatch(**wide, terminated=terminated, weights=weights, group_ids=group_ids)
+    return packed.to(batch.input_ids.device)
 
 
 def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:

@@ -17,9 +17,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike
 
-from shiq_lab.errors import bad
-from shiq_lab.graph import Block, Bools, Floats, Ints, Recursion, blocks, loop_matrix, reaches
-from shiq_lab.mdp import TokenMDP
+from shiq_lab.errors import at_least, bad, check_beta, check_gamma
+from shiq_lab.graph import Block, Floats, Ints, Recursion, blocks, loop_matrix, reaches
+from shiq_lab.mdp import TokenMDP, check_mdp
+from shiq_lab.policies import check_log_policy
 
 EPS = float(np.finfo(np.float64).eps)
 MAX_LOOP = 12_000  # states in one loop: its dense system takes 8 * n^2 bytes, 1.2 GB here
@@ -44,9 +45,10 @@ class Solution:
     error_bound: float = 0.0
 
     def _layer(self, t: int) -> int:
-        if not isinstance(t, (int, np.integer)) or t < 0 or (len(self.values) > 1 and t >= len(self.values)):
-            raise bad("t", f"policy tokens spent, from 0 to {len(self.values) - 1}", repr(t))
-        return int(t) if len(self.values) > 1 else 0
+        t = at_least("t", t, 0)
+        if self.time_dependent and t >= len(self.values):
+            raise bad("t", f"at most the horizon {len(self.values) - 1}", repr(t))
+        return t if self.time_dependent else 0
 
     @property
     def objective(self) -> float:
@@ -136,9 +138,24 @@ def solve(mdp: TokenMDP, *, beta: float, gamma: float = 1.0) -> Solution:
 
     Raises ValueError for beta <= 0, gamma outside (0, 1], and where v* is infinite or an episode never ends at gamma = 1.
     """
+    check_mdp(mdp)
     beta, gamma = check_beta(beta), check_gamma(gamma)
-    if mdp.horizon is not None and _longest(mdp) > mdp.horizon:
-        return _backward_induction(mdp, beta, gamma)
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows ends in a value that is not finite: said just below
+        if mdp.horizon is not None and _longest(mdp) > mdp.horizon:
+            solution = _backward_induction(mdp, beta, gamma)
+        else:
+            solution = _sweep(mdp, beta, gamma)
+    lost = ~np.isfinite(solution.values).all(0)
+    if lost.any():
+        state = int(np.argmax(lost))
+        raise bad(
+            "mdp", "v* / beta within float64", f"one beyond it in {mdp.place(state)}", "Scale rewards down or raise beta."
+        )
+    return solution
+
+
+def _sweep(mdp: TokenMDP, beta: float, gamma: float) -> Solution:
+    """Block by block, successors first: one backup a state, Newton's method in loops."""
     v = np.zeros(mdp.n_states + 1)
     bound = 0.0
     for block in blocks(mdp.next_state, mdp.allowed):
@@ -293,29 +310,6 @@ def evaluate(mdp: TokenMDP, log_policy: ArrayLike, *, beta: float, gamma: float 
     return _evaluate_layers(mdp, table, optimum)
 
 
-def check_log_policy(mdp: TokenMDP, log_policy: ArrayLike) -> Floats:
-    """A policy's table with the environment's own rows put in; ValueErrors for wrong shapes, NaN, rows that do not sum to 1."""
-    table = np.asarray(log_policy, dtype=np.float64)
-    S, V = mdp.next_state.shape
-    shapes = [(S, V)] + ([(mdp.horizon, S, V)] if mdp.horizon else [])
-    if table.shape not in shapes:
-        raise bad("log_policy", f"shape {' or '.join(map(str, shapes))}", f"shape {table.shape}")
-    table = np.where(mdp.is_policy[:, None], table, mdp.ref_log_policy)
-    if np.isnan(table).any():
-        raise bad("log_policy", "log-probabilities", f"NaN at {mdp.place(*_last_two(np.isnan(table)))}")
-    total = np.exp(np.minimum(table, 700)).sum(-1)
-    wrong = np.abs(total - 1) > 1e-6  # float32 log-softmax over 49,152 tokens stays below this
-    if wrong.any():
-        where = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
-        raise bad("log_policy", "rows whose exponentials sum to 1", f"{total[where]:.9g} in state {where[-1]}")
-    return table
-
-
-def _last_two(mask: Bools) -> tuple[int, int]:
-    where = np.unravel_index(int(np.argmax(mask)), mask.shape)
-    return int(where[-2]), int(where[-1])
-
-
 def _terms(mdp: TokenMDP, log_policy: Floats, log_optimal: Floats) -> tuple[Floats, Floats]:
     """Chances on edges float[S, V], and a row's expected (reward, KL to ref, KL to pi*, forbidden mass), float[S, 4]."""
     chance = np.where(mdp.allowed, np.exp(log_policy), 0.0)
@@ -368,17 +362,3 @@ def _evaluate_layers(mdp: TokenMDP, log_policy: Floats, optimum: Solution) -> Ev
     q = np.stack([action_values(mdp, v[t + 1], v[t], gamma) for t in range(T)])
     at_start = values[0, mdp.start]
     return Evaluation(float(v[0, mdp.start]), *map(float, at_start), v=v[:-1], q=q, occupancy=occupancy)
-
-
-def check_beta(beta: object) -> float:
-    """beta as a float > 0, else a ValueError."""
-    if isinstance(beta, bool) or not isinstance(beta, (int, float, np.number)) or not 0 < float(beta) < np.inf:
-        raise bad("beta", "a finite number > 0", repr(beta))
-    return float(beta)
-
-
-def check_gamma(gamma: object) -> float:
-    """gamma as a float in (0, 1], else a ValueError."""
-    if isinstance(gamma, bool) or not isinstance(gamma, (int, float, np.number)) or not 0 < float(gamma) <= 1:
-        raise bad("gamma", "a number in (0, 1]", repr(gamma))
-    return float(gamma)

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 
 from shiq_lab.batch import TokenBatch
-from shiq_lab.errors import bad
+from shiq_lab.errors import at_least, bad
 from shiq_lab.graph import Floats, blocks
 from shiq_lab.mdp import TokenMDP
-from shiq_lab.sampling import prompt_groups, require_prompt
+from shiq_lab.sampling import prompt_groups, require_prompt, with_environment
 
 
 def count_trajectories(mdp: TokenMDP) -> int | None:
@@ -32,11 +32,12 @@ def enumerate_trajectories(mdp: TokenMDP, max_trajectories: int = 1_000_000, *, 
     ValueError, with the exact count, where there are more than max_trajectories strings ("infinite" on loops).
     """
     require_prompt(mdp)
+    max_trajectories = at_least("max_trajectories", max_trajectories, 1)
     total = count_trajectories(mdp)
     if total is None or total > max_trajectories:
         size = "infinitely many" if total is None else str(total)
-        raise bad("max_trajectories", f"at least the number of strings, {size}", str(max_trajectories), "Sample instead.")
-    tables = mdp.ref_log_policy if behavior is None else np.where(mdp.is_policy[:, None], behavior, mdp.ref_log_policy)
+        raise bad("max_trajectories", f"at least the number of strings, {size}", max_trajectories, "Sample instead.")
+    tables = mdp.ref_log_policy if behavior is None else with_environment("behavior", mdp, behavior)
     state, logp, spent = np.array([mdp.start]), np.zeros(1), np.zeros(1, dtype=np.int64)
     history = np.zeros((1, 0, 4))  # token, is it an action, reward, state after it
     done: list[tuple[Floats, Floats]] = []

@@ -230,7 +230,7 @@ def f5(case: Case) -> Iterator[Finding]:
     alone = float(shiq.shiq_loss(both[0], ref, batch, **options))
     yield Finding("F5", "l + c alone: ShiQ loss changes", abs(alone - value), 1e-6 * case.beta**2, above=True)
     moved, still = (softmax_policy(case.mdp, t.numpy()) for t in (case.logits + shift, case.logits))
-    yield Finding("F5", "l + c alone: policy unchanged", _worst((np.exp(moved) - np.exp(still))), case.rounding / case.beta)
+    yield Finding("F5", "l + c alone: policy unchanged", _worst(np.exp(moved) - np.exp(still)), case.rounding / case.beta)
     first = torch.tensor(case.population.first > 0)[:, None]
     inner = case.stats(torch.where(first, case.logits, case.logits + shift), case.batch)
     whole = case.batch
@@ -402,7 +402,9 @@ def f11(case: Case) -> Iterator[Finding]:
     size = 8 * case.beta * case.rounding * case.batch.input_ids.shape[1]
     for through in ("token", "value"):
         loss = case.batch_loss("semi-gradient", case.batch, through=through)
-        yield Finding("F11", f"semi-gradient ({through}): expected gradient at l*", _worst(case.gradient(case.optimal, loss)), size)
+        yield Finding(
+            "F11", f"semi-gradient ({through}): expected gradient at l*", _worst(case.gradient(case.optimal, loss)), size
+        )
     turns = case.gradient(case.optimal, case.batch_loss("turn-cut", case.batch))
     yield Finding("F11", "turn-cut: expected gradient at l*", _worst(turns), size)
     moved = case.gradient(case.logits, case.batch_loss("turn-cut", case.batch))

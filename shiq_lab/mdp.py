@@ -4,11 +4,12 @@ Prompts, turns and tool replies are environment states; everything else the poli
 solving, listing, sampling, playing and training read these and nothing else.
 """
 
+import difflib
 import io
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from shiq_lab.errors import bad
+from shiq_lab.errors import at_least, bad, is_whole
 from shiq_lab.graph import Bools, Floats, Ints, reachable_from, reaches
 
 # float64 log-softmax over V tokens sums to 1 within V * eps: 1.1e-11 at V = 49,152; anything beyond 1e-9 was never normalised.
@@ -55,16 +56,18 @@ class TokenMDP:
         if next_state.ndim != 2 or 0 in next_state.shape:
             raise bad("next_state", "an array [S, V] with S >= 1 and V >= 1", f"shape {next_state.shape}")
         S, V = next_state.shape
-        reward = _floats("reward", self.reward, (S, V))
-        ref_logits = _floats("ref_logits", self.ref_logits, (S, V)).copy()
+        reward = real_array("reward", self.reward, (S, V))
+        ref_logits = real_array("ref_logits", self.ref_logits, (S, V)).copy()
         is_policy = _mask("is_policy", np.ones(S, bool) if self.is_policy is None else self.is_policy, S)
         _check_logits(ref_logits, is_policy)
         ref_logits[(ref_logits < -700) & ~is_policy[:, None]] = -np.inf  # exp underflows: a reply of probability 0
         allowed = ref_logits > -np.inf
         _check_edges(next_state, reward, allowed, is_policy)
         start = _index("start", self.start, S)
-        if self.horizon is not None and (not _is_int(self.horizon) or self.horizon < 1):
+        if self.horizon is not None and (not is_whole(self.horizon) or self.horizon < 1):
             raise bad("horizon", "a whole number of policy tokens >= 1, or None", repr(self.horizon))
+        if not isinstance(self.name, str):
+            raise bad("name", "a string", repr(self.name))
         fields = {
             "next_state": _frozen(np.where(allowed, next_state, -1)),
             "reward": _frozen(np.where(allowed, reward, 0.0)),
@@ -122,13 +125,24 @@ class TokenMDP:
     def token(self, token: int | str) -> int:
         """The id of a token given by id or by its string."""
         if isinstance(token, str):
-            if self.tokens is None or token not in self.tokens:
-                raise bad("token", f"one of {list(self.tokens or ())}", repr(token), "Or give its id.")
-            return self.tokens.index(token)
+            if self.tokens is None:
+                raise bad("token", f"an id from 0 to {self.n_tokens - 1}, as this automaton names no tokens", repr(token))
+            ids = [i for i, name in enumerate(self.tokens) if name == token]
+            if len(ids) != 1:  # real tokenizers show several ids by one string
+                near = difflib.get_close_matches(token, self.tokens, n=1)
+                hint = f"Did you mean {near[0]!r}?" if near and not ids else "Give its id."
+                raise bad(
+                    "token",
+                    f"a string that shows one of the {self.n_tokens} tokens",
+                    f"{token!r}, which shows {len(ids)}",
+                    hint,
+                )
+            return ids[0]
         return _index("token", token, self.n_tokens)
 
     def show(self, token: int) -> str:
         """The token's string, or its number where the automaton names none."""
+        token = _index("token", token, self.n_tokens)
         return self.tokens[token] if self.tokens else str(token)
 
     def place(self, state: int, token: int | None = None) -> str:
@@ -162,8 +176,9 @@ class TokenMDP:
         with loops and a horizon depend on t: a table that is to hold them needs this form.
         """
         steps = self.horizon if horizon is None else horizon
-        if steps is None or not _is_int(steps) or steps < 1:
-            raise bad("horizon", "a whole number >= 1 (the automaton has none of its own)", repr(steps), "unroll(horizon=8)")
+        if steps is None:
+            raise bad("horizon", "a whole number >= 1, as the automaton has none of its own", "None", "Say unroll(horizon=8).")
+        steps = at_least("horizon", steps, 1)
         if self.horizon is not None and steps > self.horizon:
             raise bad("horizon", f"at most the automaton's own {self.horizon}", repr(steps))
         S = self.n_states
@@ -194,35 +209,21 @@ class TokenMDP:
         buffer = io.BytesIO()
         arrays = {key: getattr(self, key) for key in ("next_state", "reward", "ref_logits", "is_policy")}
         np.savez_compressed(buffer, meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8), **arrays)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(buffer.getvalue())
-        os.replace(partial, path)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # its own, should two processes save at once
+        try:
+            partial.write_bytes(buffer.getvalue())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TokenMDP":
-        """Read what `save` wrote. Raises ValueError for a damaged or foreign file, FileNotFoundError for none."""
+        """Read what `save` wrote. Raises ValueError for a damaged or foreign file, OSError for one that cannot be opened."""
+        data = Path(path).read_bytes()
         try:
-            with np.load(path, allow_pickle=False) as file:
-                if not isinstance(file, np.lib.npyio.NpzFile) or "meta" not in file:
-                    raise bad("path", "a file written by TokenMDP.save", f"a foreign file {str(path)!r}")
-                meta = json.loads(bytes(file["meta"]))
-                if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-                    raise bad("path", f"a file of format {FORMAT!r}", f"a foreign file {str(path)!r}")
-                fields: dict[str, Any] = {k: file[k] for k in ("next_state", "reward", "ref_logits", "is_policy")}
-                fields |= {k: meta[k] for k in ("start", "horizon", "tokens", "name")}
-        except FileNotFoundError:
-            raise
-        except (OSError, EOFError, KeyError, zipfile.BadZipFile, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise bad(
-                "path", "a file written by TokenMDP.save", f"a damaged or foreign file {str(path)!r} ({error})"
-            ) from error
-        except ValueError as error:
-            if str(error).startswith("path:"):
-                raise
-            raise bad(
-                "path", "a file written by TokenMDP.save", f"a damaged or foreign file {str(path)!r} ({error})"
-            ) from error
-        return cls(**fields)
+            return cls(**_fields(data))
+        except Exception as error:  # zip, zlib, json and numpy each have their own for a damaged file; none runs code in it
+            raise bad("path", "a file written by TokenMDP.save", f"the damaged or foreign {str(path)!r} ({error})") from error
 
     def _check_environment_loops(self) -> None:
         """A loop of environment states alone is never discounted and no horizon ends it: some way out must exist."""
@@ -239,14 +240,25 @@ class TokenMDP:
             )
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+def _fields(data: bytes) -> dict[str, Any]:
+    """The arguments of TokenMDP out of a saved file's bytes; any exception where these are something else."""
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        raise ValueError("no complete zip archive")
+    arrays = ("next_state", "reward", "ref_logits", "is_policy")
+    with np.load(io.BytesIO(data), allow_pickle=False) as file:
+        missing = [key for key in ("meta", *arrays) if key not in file]
+        if missing:
+            raise ValueError(f"it holds no {missing[0]!r}")
+        meta = json.loads(bytes(file["meta"]))
+        if not isinstance(meta, dict) or meta.pop("format", None) != FORMAT:
+            raise ValueError(f"its format is not {FORMAT!r}")
+        return {key: file[key] for key in arrays} | meta
 
 
 def _index(name: str, value: object, size: int) -> int:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 0 <= value < size:
+    if not is_whole(value) or not 0 <= value < size:  # type: ignore[operator]
         raise bad(name, f"a whole number from 0 to {size - 1}", repr(value))
-    return int(value)
+    return int(value)  # type: ignore[call-overload]
 
 
 def _frozen(array: Any) -> Any:
@@ -258,24 +270,35 @@ def _frozen(array: Any) -> Any:
 def _array(name: str, value: ArrayLike) -> Any:
     try:
         return np.asarray(value)
-    except ValueError as error:
-        raise bad(name, "a rectangular array", f"a ragged one ({error})") from error
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged lists; tensors with gradient or on another device
+        raise bad(
+            name, "an array, or nested lists with rows of one length", f"what numpy cannot turn into one ({error})"
+        ) from error
 
 
 def _integers(name: str, value: ArrayLike) -> Ints:
     array = _array(name, value)
     if array.dtype.kind not in "iu":
         raise bad(name, "integers", f"dtype {array.dtype}")
+    if array.size and array.max() > np.iinfo(np.int64).max:
+        raise bad(name, "integers that int64 can hold", str(array.max()))
     return array.astype(np.int64)
 
 
-def _floats(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Floats:
+def real_array(name: str, value: ArrayLike, shape: tuple[int, ...] | None = None) -> Floats:
+    """The value as a float64 array, of the shape of next_state where one is given; a ValueError says what else it is."""
     array = _array(name, value)
     if array.dtype.kind not in "iufb":
         raise bad(name, "real numbers", f"dtype {array.dtype}")
-    if array.shape != shape:
+    if shape is not None and array.shape != shape:
         raise bad(name, f"shape {shape}, as next_state", f"shape {array.shape}")
     return array.astype(np.float64)
+
+
+def check_mdp(mdp: object) -> None:
+    """A ValueError for what is no TokenMDP, say an environment's name."""
+    if not isinstance(mdp, TokenMDP):
+        raise bad("mdp", "a TokenMDP", repr(mdp)[:80], "shiq_lab.make(name) builds one by name, TokenMDP.load(path) reads one.")
 
 
 def _mask(name: str, value: ArrayLike, size: int) -> Bools:
@@ -288,11 +311,14 @@ def _mask(name: str, value: ArrayLike, size: int) -> Bools:
 def _token_names(tokens: Sequence[str] | None, size: int) -> tuple[str, ...] | None:
     if tokens is None:
         return None
-    if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
+    if isinstance(tokens, (str, Mapping, Set)) or not isinstance(tokens, Iterable):
         raise bad("tokens", f"a sequence of {size} strings", repr(tokens)[:80])
-    if len(tokens) != size:
-        raise bad("tokens", f"{size} strings, one a token", f"{len(tokens)}")
-    return tuple(tokens)
+    names = tuple(tokens)
+    if not all(isinstance(name, str) for name in names):
+        raise bad("tokens", f"a sequence of {size} strings", repr(names)[:80])
+    if len(names) != size:
+        raise bad("tokens", f"{size} strings, one a token", len(names))
+    return names
 
 
 def _first(mask: Bools) -> str:

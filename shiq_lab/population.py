@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shiq_lab.bellman import check_beta, check_gamma, check_log_policy, environment_average
-from shiq_lab.errors import bad
+from shiq_lab.bellman import environment_average
+from shiq_lab.errors import bad, check_beta, check_gamma
 from shiq_lab.graph import Floats, Recursion
 from shiq_lab.losses import steps
 from shiq_lab.losses.shiq import Step
 from shiq_lab.mdp import TokenMDP
+from shiq_lab.policies import check_ends, check_log_policy
 
 
 class _Solve(torch.autograd.Function):
@@ -58,7 +59,8 @@ class Population:
         check_beta(self.beta), check_gamma(self.gamma)
         if self.mdp.horizon is not None:
             raise bad("mdp", "an automaton without a horizon", f"horizon {self.mdp.horizon}", "Use mdp.unroll().")
-        object.__setattr__(self, "behavior", check_log_policy(self.mdp, self.behavior))
+        object.__setattr__(self, "behavior", check_log_policy(self.mdp, self.behavior, "behavior"))
+        check_ends(self.mdp, self.behavior, "behavior")
 
     # ---------------------------------------------------------------------------------------------- fixed numbers
     @cached_property

@@ -4,17 +4,33 @@ import numpy as np
 import torch
 
 from shiq_lab.batch import TokenBatch, cut, pad
-from shiq_lab.errors import bad
+from shiq_lab.errors import at_least, bad
 from shiq_lab.graph import Floats
-from shiq_lab.mdp import TokenMDP
+from shiq_lab.mdp import TokenMDP, check_mdp, real_array
 
 ROWS_NEVER_END = 100_000  # tokens; a sampler that is still going here was given a policy that does not stop
 
 
 def require_prompt(mdp: TokenMDP) -> None:
     """Rows need an environment root, since nothing scores a row's first token."""
+    check_mdp(mdp)
     if mdp.is_policy[mdp.start]:
         raise bad("mdp", "an environment state at the start", f"policy state {mdp.start}", "Add one: mdp.with_prompt(token).")
+
+
+def with_environment(name: str, mdp: TokenMDP, log_policy: Floats) -> Floats:
+    """A policy's table float[S, V] or [T, S, V] with the environment's own rows put in; ValueErrors for what is no policy."""
+    table = real_array(name, log_policy)
+    if table.ndim not in (2, 3) or table.shape[-2:] != mdp.next_state.shape:
+        raise bad(name, f"shape {mdp.next_state.shape}, or [T, S, V]", f"shape {table.shape}")
+    table = np.where(mdp.is_policy[:, None], table, mdp.ref_log_policy)
+    total = np.where(mdp.allowed, np.exp(np.minimum(table, 700)), 0.0).sum(-1)
+    wrong = ~(np.abs(total - 1) <= 1e-6)  # float32 log-softmax over 49,152 tokens stays below this; NaN does not
+    if wrong.any():
+        where = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
+        got = f"a sum of {total[where]:.9g} in {mdp.place(int(where[-1]))}"
+        raise bad(name, "rows whose exponentials over allowed tokens sum to 1", got)
+    return table
 
 
 def sample(
@@ -25,16 +41,15 @@ def sample(
     rng is a numpy Generator or a seed; the same seed gives the same rows.
     """
     require_prompt(mdp)
-    rng = np.random.default_rng(rng)
-    tables = np.where(mdp.is_policy[:, None], log_policy, mdp.ref_log_policy)
-    chance = np.where(mdp.allowed, np.exp(tables), 0.0)
-    if not np.allclose(chance.sum(-1), 1, atol=1e-6):
-        raise bad("log_policy", "rows whose exponentials over allowed tokens sum to 1", "others", "See evaluate.")
+    n, most = at_least("n", n, 1), ROWS_NEVER_END if max_tokens is None else at_least("max_tokens", max_tokens, 1)
+    if not isinstance(rng, np.random.Generator):
+        rng = np.random.default_rng(at_least("rng", rng, 0, "Give a seed or a numpy Generator."))
+    chance = np.where(mdp.allowed, np.exp(with_environment("log_policy", mdp, log_policy)), 0.0)
     ladder = np.cumsum(chance, -1)
     ladder /= ladder[..., -1:]
     state, spent = np.full(n, mdp.start), np.zeros(n, dtype=np.int64)
     columns: list[tuple[np.ndarray, ...]] = []
-    while (state >= 0).any() and len(columns) < (max_tokens or ROWS_NEVER_END):
+    while (state >= 0).any() and len(columns) < most:
         live = state >= 0
         rows = ladder[state] if ladder.ndim == 2 else ladder[np.minimum(spent, len(ladder) - 1), state]
         token = (rows > rng.random(n)[:, None]).argmax(1)
@@ -47,6 +62,8 @@ def sample(
         state = follow
     if max_tokens is None and (state >= 0).any():
         raise bad("log_policy", "a policy whose episodes end", f"rows longer than {ROWS_NEVER_END}", "Give max_tokens.")
+    if ((state >= 0) & ~mdp.is_policy[state] & (spent == 0)).any():
+        raise bad("max_tokens", "at least the length of every prompt", repr(max_tokens), "A cut row ends in a policy state.")
     ids, real, action, reward, states = (np.stack(column, 1) for column in zip(*columns, strict=True))
     batch = TokenBatch(
         input_ids=torch.from_numpy(ids),

@@ -61,15 +61,31 @@ class TokenStats:
 
     @classmethod
     def from_table(cls, table: Tensor, batch: TokenBatch, *, ref_table: Tensor | None = None) -> "TokenStats":
-        """From logits a state, float[S, V], for a batch that knows its states."""
+        """From logits a state, float[S, V], for a batch that knows its states (half precision is summed in float32).
+
+        Rows of states where nothing is scored are replaced before the log-sum-exp, as from_logits does. Raises ValueError
+        where an action is scored, or a cut row ends, in no state of the table.
+        """
         if batch.states is None:
-            raise bad("batch", "one that knows its automaton states", "states=None", "Fill them with models.tabular.walk.")
-        acts, _, rows = _live(batch)
-        state = batch.states.clamp(0, table.shape[0] - 1)  # (B, L)
+            raise bad("batch", "one that knows its automaton states", "states=None", "Fill them with tabular.with_states.")
+        acts, end, rows = _live(batch)
+        used = acts | end
+        lost = used & ((batch.states < 0) | (batch.states >= table.shape[0]))
+        if lost.any():
+            row, position = (int(x) for x in lost.nonzero()[0])
+            expected = f"states from 0 to {table.shape[0] - 1} where an action is scored or a cut row ends"
+            raise bad("batch.states", expected, f"{int(batch.states[row, position])} at row {row}, position {position}")
+        state = torch.where(used, batch.states, 0)  # (B, L)
+        seen = torch.zeros(len(table), dtype=torch.bool, device=table.device)
+        seen[state[used]] = True
+        clean = torch.where(seen[:, None], table, 0.0)
+        clean = clean.float() if clean.dtype in (torch.float16, torch.bfloat16) else clean
         taken = batch.input_ids[:, 1:].clamp(0, table.shape[1] - 1)
-        chosen = torch.where(acts[:, :-1], table[state[:, :-1], taken], 0.0)
-        level = table.logsumexp(-1)[state]
-        joint = None if ref_table is None else (table + ref_table).logsumexp(-1)[state]
+        chosen = clean[state[:, :-1], taken]
+        level = clean.logsumexp(-1)[state]
+        joint = None
+        if ref_table is not None:
+            joint = (clean + torch.where(seen[:, None], ref_table, 0.0).to(clean.dtype)).logsumexp(-1)[state]
         return cls._masked(chosen, level, joint, acts, rows, batch)
 
     @classmethod
@@ -98,4 +114,5 @@ def _live(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
     last = batch.last_index()
     place = torch.arange(batch.input_ids.shape[1], device=last.device)
     hit = (place == last[..., None]) & ~batch.terminated[..., None]
-    return acts, hit if last.ndim == 1 else hit.any(1), last
+    hit = hit if last.ndim == 1 else hit.any(1)
+    return acts, hit & (batch.attention_mask == 1), last

@@ -784,11 +784,11 @@ def test_shaped_is_a_twin_of_tree(gamma: float, seed: int) -> None:
 
 def test_shaped_rewards_along_a_string_telescope() -> None:
     """sum_t gamma^t (gamma Phi(s_{t+1}) - Phi(s_t)) = -Phi(s_0), as Phi(end) = 0."""
-    plain, twin, gamma = tree(4), shaped(), 0.9
+    plain, twin, gamma = tree(), shaped(), 0.9
     phi = potential(plain)
-    for word in ("aaaa", "abcd", "dbca"):
+    for word in ("aaaaa", "abcda", "dbcac"):
         gain = np.subtract(say(twin, *word)[0], say(plain, *word)[0])
-        assert_values(gain @ gamma ** np.arange(4), -phi[state_after(plain)], 5.0)
+        assert_values(gain @ gamma ** np.arange(5), -phi[state_after(plain)], 5.0)
 
 
 def test_the_gamma_of_shaped_is_the_one_it_is_solved_at() -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from shiq_lab.errors import bad
 from shiq_lab.losses import shiq, steps
 
 
@@ -41,8 +42,8 @@ METHODS: dict[str, Method] = {
 
 def lookup(name: str) -> Method:
     """The table's entry; an unknown name is a ValueError that suggests the nearest one."""
-    if name in METHODS:
+    if isinstance(name, str) and name in METHODS:
         return METHODS[name]
-    near = difflib.get_close_matches(name.lower(), METHODS, n=1)
+    near = difflib.get_close_matches(str(name).lower(), METHODS, n=1)
     hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(METHODS)}."
-    raise ValueError(f"loss: expected a method, got {name!r}. {hint}")
+    raise bad("loss", "a method", repr(name), hint)

@@ -6,8 +6,9 @@ Each step says what its logits mean through two numbers: c = "beta times the tok
     rho_t = sum_{k>=t} gamma^{k-t} d_k = u_t - sum_{k>=t} gamma^{k-t} [r_k - (c_k - u_k)]      (F2)
     rho^(n)_t = rho_t - gamma^n rho_{t+n}
 
-where s_{t+1} is the next policy state along the row. Actions are first moved together, so time is the action's number and
-environment tokens in between cost nothing. Sums over time are doubled log2(T) times: no loop over tokens.
+where s_{t+1} is the next policy state along the row; rho^(n) is summed as its n terms, so nothing cancels. Actions are
+first moved together, so time is the action's number and environment tokens in between cost nothing. Sums over time are
+doubled log2(T) times: no loop over tokens.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from shiq_lab.batch import TokenBatch
-from shiq_lab.errors import bad
+from shiq_lab.errors import bad, check_beta, check_gamma
 from shiq_lab.stats import TokenStats
 
 Reduction = Literal["mean", "sum", "none"]
@@ -65,13 +66,22 @@ def ahead(x: Tensor, steps: int, chain: Tensor) -> Tensor:
     return torch.nn.functional.pad(torch.where(same, x[:, steps:], 0.0), (0, steps))
 
 
-def discounted_sum(x: Tensor, gamma: float, chain: Tensor) -> Tensor:
-    """sum_{k>=t} gamma^{k-t} x_k along each chain, by doubling: the sum over 2^j terms makes the one over 2^(j+1)."""
-    steps = 1
-    while steps < x.shape[1]:
-        x = x + gamma**steps * ahead(x, steps, chain)
-        steps *= 2
-    return x
+def discounted_sum(x: Tensor, gamma: float, chain: Tensor, terms: int | None = None) -> Tensor:
+    """sum over t <= k < t + terms of gamma^{k-t} x_k along each chain (terms=None: all of them).
+
+    By doubling: the sum over 2^j terms makes the one over 2^(j+1), and the binary digits of `terms` say which to add.
+    """
+    terms = x.shape[1] if terms is None else min(terms, x.shape[1])
+    block, size = x, 1  # sums over `size` terms
+    total, done = torch.zeros_like(x), 0
+    while size <= terms:
+        if terms & size:
+            total = total + (block if done == 0 else gamma**done * ahead(block, done, chain))
+            done += size
+        if 2 * size <= terms:
+            block = block + gamma**size * ahead(block, size, chain)
+        size *= 2
+    return total
 
 
 def residuals(
@@ -91,7 +101,8 @@ def residuals(
     c, u         float[B, L-1]: the step's token part and state value
     u_end        float[B] (packed [B, N]): value after the last token, used where the row was cut
     target       (u, u_end) of a target network: what is bootstrapped from n steps on, and at a cut, without gradient
-    cut_turns    end the sum where the environment speaks, with the next turn's value as a target without gradient (F11b)
+    cut_turns    end the sum where the environment speaks, with the next turn's value as a target without gradient (F11b),
+                 be that the value of the row's next action or, where the row was cut after the reply, the one at its end
     """
     chain = actions.turn if cut_turns else actions.segment
     c, u = actions.of(c), actions.of(u)
@@ -103,12 +114,12 @@ def residuals(
     after = torch.where(following, ahead(u, 1, actions.segment), bootstrap)
     if cut_turns:
         same_turn = ahead(torch.ones_like(u), 1, actions.turn) > 0
-        after = torch.where(following & ~same_turn, after.detach(), after)
-    rho = discounted_sum(torch.where(actions.real, c - reward - gamma * after, 0.0), gamma, chain)
-    if n_steps is None:
-        return rho
-    rho = rho - gamma**n_steps * ahead(rho, n_steps, chain)
-    if target is not None:
+        last = batch.last_index()
+        last = last.gather(1, actions.segment.clamp(min=0)) if last.ndim == 2 else last[:, None]
+        answered = torch.where(following, ~same_turn, actions.index + 1 < last)  # the environment speaks after this action
+        after = torch.where(answered, after.detach(), after)
+    rho = discounted_sum(torch.where(actions.real, c - reward - gamma * after, 0.0), gamma, chain, n_steps)
+    if n_steps is not None and target is not None:
         rho = rho + gamma**n_steps * ahead(u - actions.of(target[0]).detach(), n_steps, chain)
     return rho
 
@@ -129,20 +140,24 @@ def reduce(per_token: Tensor, batch: TokenBatch, actions: Actions, reduction: Re
 
 
 def check_arguments(
-    stats: TokenStats, ref: TokenStats, batch: TokenBatch, beta: float, gamma: float, n_steps: int | None
+    stats: TokenStats,
+    ref: TokenStats,
+    batch: TokenBatch,
+    beta: float,
+    gamma: float,
+    n_steps: int | None,
+    target: TokenStats | None = None,
 ) -> None:
     """ValueErrors for what silently trains the wrong thing: shapes that broadcast, beta, gamma and n_steps out of range."""
     shape = (len(batch), batch.input_ids.shape[1] - 1)
-    for name, x in (("policy_stats", stats), ("ref_stats", ref)):
+    named = [("policy_stats", stats), ("ref_stats", ref)] + ([] if target is None else [("target_stats", target)])
+    for name, x in named:
         for part in ("token_logit", "logsumexp"):
             if tuple(getattr(x, part).shape) != shape:
                 raise bad(f"{name}.{part}", f"shape {shape}", f"shape {tuple(getattr(x, part).shape)}")
         if x.end_logsumexp.shape != batch.terminated.shape:
             expected = tuple(batch.terminated.shape)
             raise bad(f"{name}.end_logsumexp", f"shape {expected}, as terminated", f"shape {tuple(x.end_logsumexp.shape)}")
-    if not 0 < beta < float("inf"):
-        raise bad("beta", "a finite number > 0", repr(beta))
-    if not 0 < gamma <= 1:
-        raise bad("gamma", "a number in (0, 1]", repr(gamma))
+    check_beta(beta), check_gamma(gamma)
     if n_steps is not None and (isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1):
         raise bad("n_steps", "a whole number >= 1, or None for the whole row", repr(n_steps))

@@ -23,7 +23,6 @@ from shiq_lab.batch import TokenBatch
 from shiq_lab.errors import bad
 from shiq_lab.losses import steps
 from shiq_lab.losses.residuals import Actions, Reduction, actions_of, ahead, check_arguments, discounted_sum, reduce, residuals
-
 from shiq_lab.stats import TokenStats
 
 Step = Callable[..., tuple[Tensor, Tensor]]
@@ -56,7 +55,7 @@ def residuals_of(
     **options: Any,
 ) -> tuple[Tensor, Actions]:
     """(rho^(n) float[B, T], where the actions are): the residuals that the losses below square."""
-    check_arguments(stats, ref, batch, beta, gamma, n_steps)
+    check_arguments(stats, ref, batch, beta, gamma, n_steps, target_stats)
     actions = actions_of(batch)
     target = None if target_stats is None else _pieces(step, target_stats, ref, beta)[1:]
     c, u, u_end = _pieces(step, stats, ref, beta)
@@ -117,7 +116,7 @@ def sequence_loss(
     policy_stats: TokenStats, ref_stats: TokenStats, batch: TokenBatch, *, beta: float, gamma: float = 1.0,
     reduction: Reduction = "mean",
 ) -> Tensor:  # fmt: skip
-    """rho_0^2 of every sequence: a metric of rank one, which fixes pi* and the level at the start, not the inner levels (F5)."""
+    """rho_0^2 of every sequence: a metric of rank one; fixes pi* and the level at the start, not the inner levels (F5)."""
     rho, actions = residuals_of(steps.shifted, policy_stats, ref_stats, batch, beta, gamma, None)
     later = torch.zeros_like(actions.real)
     later[:, 1:] = actions.segment[:, 1:] == actions.segment[:, :-1]
@@ -160,7 +159,8 @@ def shiq_gradient(
 ) -> TokenStats:  # fmt: skip
     """F3: the gradient of every row's shiq_loss (summed, unweighted) by the statistics, in closed form.
 
-        d / d token_logit_k = 2 beta D_k,   d / d logsumexp_k = -2 beta gamma D_{k-1},   D_k = rho_k + gamma D_{k-1} - gamma^n rho_{k-n}
+        d / d token_logit_k = 2 beta D_k,   d / d logsumexp_k = -2 beta gamma D_{k-1},
+        D_k = rho_k + gamma D_{k-1} - gamma^n rho_{k-n} = sum over the last n tokens j <= k of gamma^{k-j} rho_j
 
     and -2 beta gamma D_{T-1} by the log-sum-exp after a cut row. So d / d l(s_k, .) = 2 beta [D_k e_{a_k} - gamma D_{k-1} pi].
     Returned in a TokenStats of the same shapes; the second road to what autograd finds.
@@ -168,12 +168,10 @@ def shiq_gradient(
     with torch.no_grad():
         rho, actions = residuals_of(steps.shifted, policy_stats, ref_stats, batch, beta, gamma, n_steps)
         backwards = actions.segment.flip(1)
-        D = discounted_sum(rho.flip(1), gamma, backwards)
-        if n_steps is not None:
-            D = D - gamma**n_steps * ahead(D, n_steps, backwards)
+        D = discounted_sum(rho.flip(1), gamma, backwards, n_steps)
         before = ahead(D, 1, backwards).flip(1)  # D_{k-1}
         D = D.flip(1)
-        empty = torch.zeros_like(policy_stats.token_logit)
+        empty = torch.zeros_like(policy_stats.token_logit, dtype=D.dtype)
         put = lambda x: empty.scatter_add(1, actions.index, torch.where(actions.real, x, 0.0))  # noqa: E731
         last = actions.real & (ahead(torch.ones_like(D), 1, actions.segment) == 0)
         at_end = torch.zeros(

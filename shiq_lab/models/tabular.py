@@ -76,7 +76,7 @@ class TabularLM(nn.Module):
 
     @classmethod
     def optimal(cls, mdp: TokenMDP, beta: float, gamma: float = 1.0, *, trainable: bool = True) -> "TabularLM":
-        """The oracle model, whose logits are l* = l_ref + q* / beta: any loss for which it is optimal has zero gradient here."""
+        """The oracle, whose logits are l* = l_ref + q* / beta: any loss for which it is optimal has zero gradient here."""
         return cls(mdp, torch.tensor(solve(mdp, beta=beta, gamma=gamma).optimal_logits()), trainable=trainable)
 
     def states(self, input_ids: Tensor, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
