@@ -18,6 +18,8 @@ _HOME = {
     "evaluate": "bellman",
     "Evaluation": "bellman",
     "enumerate_trajectories": "enumeration",
+    "sample": "sampling",
+    "collect": "collect",
     "TokenBatch": "batch",
     "TokenStats": "stats",
     "shiq_loss": "losses.shiq",

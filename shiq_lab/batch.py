@@ -229,6 +229,21 @@ def pack(batch: TokenBatch, width: int) -> TokenBatch:
     return packed.to(batch.input_ids.device)
 
 
+def unique(batch: TokenBatch) -> TokenBatch:
+    """Each different row once, its weights added up: the same loss from fewer rows."""
+    batch = pad(batch)
+    real = batch.attention_mask == 1
+    states = torch.zeros_like(batch.input_ids) if batch.states is None else batch.states
+    parts = (batch.input_ids, batch.completion_mask, torch.where(real, states, -1), batch.rewards * batch.completion_mask)
+    ends = torch.stack([batch.terminated, batch.attention_mask.sum(1), batch.group_ids], 1)
+    key = torch.cat([torch.where(real, part, 0).double() for part in parts] + [ends.double()], 1)
+    _, group = torch.unique(key, dim=0, return_inverse=True)
+    n = int(group.max()) + 1 if len(batch) else 0
+    first = torch.full((n,), len(batch)).scatter_reduce(0, group, torch.arange(len(batch)), "amin")
+    weights = torch.zeros(n, dtype=batch.weights.dtype).index_add(0, group, batch.weights)
+    return replace(batch.select(first), weights=weights)
+
+
 def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
     """One batch out of several, right-padded to the longest row; group ids are kept as they are."""
     if not batches:

@@ -22,7 +22,8 @@ BEHAVIORS: dict[str, Callable[[TokenMDP, float, float], Floats]] = {
 
 
 def _played(mdp: TokenMDP, policy: Floats, n: int, seed: int) -> TokenBatch:
-    from shiq_lab.gym import TokenVectorEnv, collect
+    from shiq_lab.collect import collect
+    from shiq_lab.gym import TokenVectorEnv
 
     return collect(TokenVectorEnv(min(n, 256), mdp), policy, n, seed=seed)
 

@@ -147,7 +147,21 @@ class Population:
         w = self._spread(turn_targets is not None, first_only, inner)
         onward = self.tensor(np.where(self.chance > 0, inner / np.where(self.chance > 0, self.chance, 1.0), 0.0))
         jump = g + onward * torch.nn.functional.pad(M, (0, 1))[follow] - M[:, None]
-        return [(self.tensor(start), u - M), (w[:, None] * mu, jump)]
+        parts = [(self.tensor(start), u - M), (w[:, None] * mu, jump)]
+        if turn_targets is not None:
+            answered = torch.where(self.tensor(self._answers), w[:, None] * mu, 0.0)
+            parts.append(self._replies(answered, mean_target)[0])
+        return parts
+
+    def _replies(self, acted: Tensor, lifted: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """What random replies add to the variance of a value that is `lifted` to environment states, after one policy token
+        of weight `acted` [S, V]; and the weights float[S] with which the states behind it are reached."""
+        mu, policy, follow, _ = self._edges
+        landing = self.gamma**2 * torch.where(policy[:, None], acted, 0.0)
+        arrived = torch.zeros(len(policy) + 1, dtype=acted.dtype).index_add(0, follow.reshape(-1), landing.reshape(-1))
+        reached = _Solve.apply(arrived[:-1], self._lift, True)
+        after = torch.nn.functional.pad(lifted, (0, 1))[follow]
+        return (reached[:, None] * mu, torch.where(policy[:, None], 0.0, after - lifted[:, None])), reached
 
     @cached_property
     def _lift(self) -> Recursion:
@@ -193,12 +207,9 @@ class Population:
         for lifted, after, mean in reversed(parts):  # the first of n tokens is the outermost mean
             jump = torch.where(policy[:, None], g + self.gamma * after - mean[:, None], 0.0)
             out.append((weight[:, None] * mu, jump))
-            landing = self.gamma**2 * (weight[:, None] * mu * policy[:, None]).detach()
-            arrived = torch.zeros(len(weight) + 1, dtype=weight.dtype).index_add(0, follow.reshape(-1), landing.reshape(-1))
-            spread = _Solve.apply(arrived[:-1], self._lift, True)
-            wobble = torch.where(policy[:, None], 0.0, after - lifted[:, None])  # random replies
-            out.append((spread[:, None] * mu, wobble))
-            weight = torch.where(policy, spread, 0.0)
+            part, reached = self._replies(weight[:, None] * mu, lifted)
+            out.append(part)
+            weight = torch.where(policy, reached, 0.0)
         return out
 
     def residual_mean(self, logits: Tensor) -> Tensor:

@@ -74,10 +74,14 @@ def sample(
         group_ids=prompt_groups(ids, action),
         states=torch.from_numpy(states),
     )
-    inside_reply = (state >= 0) & ~mdp.is_policy[state]
-    if inside_reply.any():  # cut where the environment would speak: back to the last action
-        length = torch.from_numpy(np.where(inside_reply, real.sum(1) - 1, real.sum(1)))
-        batch = cut(batch, length)
+    return trim_replies(batch, (state >= 0) & ~mdp.is_policy[state])
+
+
+def trim_replies(batch: TokenBatch, inside: np.ndarray) -> TokenBatch:
+    """Rows (bool[B]) that were left where the environment would speak go back to the position before their last action."""
+    if inside.any():
+        real = batch.attention_mask.sum(1)
+        batch = cut(batch, torch.where(torch.from_numpy(inside), real - 1, real))
     return pad(batch)
 
 

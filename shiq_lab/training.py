@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shiq_lab.batch import TokenBatch
+from shiq_lab.batch import TokenBatch, unique
 from shiq_lab.bellman import Solution, evaluate, solve
 from shiq_lab.errors import at_least, bad, is_real
 from shiq_lab.graph import Floats
@@ -59,7 +59,7 @@ def measure(solution: Solution, logits: Floats, method: Method) -> Metrics:
     """Compare a table float[S, V] with the exact solution of the same (unrolled) automaton."""
     mdp, beta, gamma = solution.mdp, solution.beta, solution.gamma
     population = Population(mdp, mdp.ref_log_policy, beta, gamma)
-    q_hat, v_hat = (x.numpy() for x in population.pieces(torch.as_tensor(logits), method.step))
+    q_hat, v_hat = (x.numpy() for x in population.pieces(torch.tensor(logits), method.step))
     rows = mdp.reachable & mdp.is_policy
     edges = mdp.allowed & rows[:, None]
     policy = policy_of(mdp, logits, method)
@@ -277,7 +277,7 @@ def train_on_rows(
     method = loss if isinstance(loss, Method) else methods.lookup(loss)
     if method.form not in ("square", "first"):
         raise bad("loss", "a full-gradient loss for data in rows", repr(method.form), "Or train_sampled, by SGD.")
-    mdp = stationary(mdp)
+    mdp, batch = stationary(mdp), unique(batch)
     allowed, ref = torch.tensor(np.array(mdp.allowed)), torch.tensor(mdp.ref_logits)
     ref_stats = TokenStats.from_table(ref, batch)
     weight = batch.weights[:, None] / batch.weights.sum()

@@ -73,15 +73,16 @@ def discounted_sum(x: Tensor, gamma: float, chain: Tensor, terms: int | None = N
     """
     terms = x.shape[1] if terms is None else min(terms, x.shape[1])
     block, size = x, 1  # sums over `size` terms
-    total, done = torch.zeros_like(x), 0
+    total: Tensor | None = None
+    done = 0
     while size <= terms:
         if terms & size:
-            total = total + (block if done == 0 else gamma**done * ahead(block, done, chain))
+            total = block if total is None else total + gamma**done * ahead(block, done, chain)
             done += size
         if 2 * size <= terms:
             block = block + gamma**size * ahead(block, size, chain)
         size *= 2
-    return total
+    return x if total is None else total
 
 
 def residuals(

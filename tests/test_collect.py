@@ -1,0 +1,123 @@
+"""Rows played through gymnasium have the exact frequencies, and training on them reaches the same q*."""
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from shiq_lab import collect, enumerate_trajectories, make, solve
+from shiq_lab.envs import ENVIRONMENTS
+from shiq_lab.gym import TokenEnv, TokenVectorEnv
+from shiq_lab.mdp import TokenMDP
+from shiq_lab.policies import covering, softmax_policy, uniform_policy
+from shiq_lab.training import train_on_rows
+
+
+def rows_of(batch) -> list[tuple]:  # type: ignore[no-untyped-def,type-arg]
+    """Each row as plain values: tokens, actions, rewards, states, terminated."""
+    out = []
+    for i in range(len(batch)):
+        real = batch.attention_mask[i] == 1
+        parts = (batch.input_ids, batch.completion_mask, batch.rewards, batch.states)
+        out.append((*(tuple(p[i][real].tolist()) for p in parts), bool(batch.terminated[i])))
+    return out
+
+
+def open_env(kind: str, mdp: TokenMDP):  # type: ignore[no-untyped-def]
+    if kind == "single":
+        return TokenEnv(mdp)
+    if kind == "vector":
+        return TokenVectorEnv(16, mdp)
+    return gymnasium.vector.SyncVectorEnv([lambda: TokenEnv(mdp)] * 16)
+
+
+@pytest.mark.parametrize("kind", ["single", "vector", "sync"])
+@pytest.mark.parametrize("name", ["ToolCall", "RandomTool", "Brackets"])
+def test_frequencies_match_the_exact_probabilities(name: str, kind: str) -> None:
+    """n rows: by Bernstein's inequality every string's frequency lies within sqrt(2 p t / n) + t / n of its probability p,
+    t = ln(2 strings / 1e-6), but for a chance of 1e-6. Brackets' rows differ in length: the quota must not favour short ones."""
+    n = 600 if kind == "single" else 6000
+    mdp = make(name)
+    policy = softmax_policy(mdp, np.random.default_rng(1).normal(size=mdp.ref_logits.shape))
+    truth = enumerate_trajectories(mdp, behavior=policy)
+    batch = collect(open_env(kind, mdp), policy, n, seed=3)
+    exact = {row[:4]: (weight, row) for row, weight in zip(rows_of(truth), truth.weights.tolist(), strict=True)}
+    count = dict.fromkeys(exact, 0)
+    for row in rows_of(batch):
+        assert row == exact[row[:4]][1], "a row that the automaton cannot say, or with other rewards or states"
+        count[row[:4]] += 1
+    t = np.log(2 * len(exact) / 1e-6)
+    for key, (p, _) in exact.items():
+        assert abs(count[key] / n - p) <= np.sqrt(2 * p * t / n) + t / n
+    assert sum(count.values()) == n == len(batch)
+
+
+def test_single_and_vector_tell_the_same_story() -> None:
+    """The same seed gives the same rows from the vectorised environment and from gymnasium's own around single ones."""
+    mdp = make("RandomTool")
+    a, b = (collect(open_env(kind, mdp), uniform_policy(mdp), 100, seed=5) for kind in ("vector", "sync"))
+    assert rows_of(a) == rows_of(b)
+    assert rows_of(a) != rows_of(collect(open_env("vector", mdp), uniform_policy(mdp), 100, seed=6))
+
+
+SLOW = {"RandomWalk", "Brackets", "Addition"}  # many different rows, or many states to cover
+NAMES = [n for n, e in ENVIRONMENTS.items() if e.builder().deterministic and n not in ("Tree", "Shaped")]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES])
+def test_training_on_played_rows_reaches_the_same_q(name: str) -> None:
+    environment = ENVIRONMENTS[name]
+    mdp = environment.builder()
+    mdp = mdp if mdp.horizon is None else mdp.unroll()
+    batch = collect(TokenVectorEnv(256, mdp), covering(mdp), {"Addition": 40_000, "Loop": 300}.get(name, 3_000))
+    trained = train_on_rows(mdp, "shiq", batch, beta=environment.beta, gamma=environment.gamma)
+    assert trained.untried == 0, "too few rows for full support"
+    assert trained.metrics.q_error <= 1e-8  # as for the population loss
+
+
+def test_rows_of_a_horizon_end_where_it_ends() -> None:
+    mdp = make("RandomWalk")
+    batch = collect(gymnasium.make("shiq_lab:shiq/RandomWalk-v0"), uniform_policy(mdp), 50)
+    spent = batch.completion_mask.sum(1)
+    assert batch.terminated.all() and int(spent.max()) == mdp.horizon
+    last = batch.states.gather(1, batch.last_index()[:, None])  # type: ignore[union-attr]
+    assert (last == -1).all()
+
+
+def test_truncated_rows_are_cut_in_policy_states_and_still_lead_to_q() -> None:
+    """Loop in a buffer of 5 tokens: cut rows bootstrap with Dv, so the zero is the same."""
+    mdp = make("Loop")
+    batch = collect(TokenVectorEnv(64, mdp, max_tokens=5), uniform_policy(mdp), 2000)
+    assert 0 < int((~batch.terminated).sum()) < 2000
+    end = batch.states.gather(1, batch.last_index()[:, None])[:, 0][~batch.terminated]  # type: ignore[union-attr]
+    assert torch.from_numpy(np.array(mdp.is_policy))[end].all()
+    trained = train_on_rows(mdp, "shiq", batch, beta=0.25)
+    assert trained.metrics.q_error <= 1e-8
+
+
+BAD = {
+    "env": (lambda: collect(gymnasium.make("FrozenLake-v1"), np.zeros((1, 1)), 1), "env: expected an environment that plays"),
+    "episodes": (
+        lambda: collect(TokenEnv(make("Bandit")), np.zeros((2, 9)), 0),
+        "episodes: expected a whole number >= 1, got 0.",
+    ),
+    "policy": (lambda: collect(TokenEnv(make("Bandit")), np.zeros((3, 9)), 1), "policy: expected log-probabilities (2, 9)"),
+    "mode": (
+        lambda: collect(
+            gymnasium.vector.SyncVectorEnv(
+                [lambda: TokenEnv(make("Bandit"))], autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
+            ),
+            solve(make("Bandit"), beta=1.0).log_policy(),
+            1,
+        ),
+        "env: expected a vector environment with NEXT_STEP autoreset",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_calls_say_what_is_wrong(case: str) -> None:
+    call, message = BAD[case]
+    with pytest.raises(ValueError) as error:
+        call()
+    assert str(error.value).startswith(message)
