@@ -7,8 +7,9 @@
 Without loops one sweep in topological order is exact, a horizon is backward induction. In a loop the operator T of the
 equations above is convex, so Newton's method on v = T(v), which is soft policy iteration, climbs to the least solution from
 the value of pi_ref; everything stays in the log domain, so rewards of 1e3 at beta = 1e-2 overflow nothing. For gamma < 1
-the distance to v* is proved: T, with the environment states eliminated, contracts by gamma in the largest norm, so
-|v - v*| <= |T(v) - v| / (1 - gamma).
+the distance to v* is proved: T, with the environment states eliminated, contracts by gamma in the largest norm, and
+eliminating them enlarges their residuals at most by w, the longest expected run of environment tokens, so
+|v - v*| <= (1 + w) |T(v) - v| / (1 - gamma).
 """
 
 from dataclasses import dataclass
@@ -34,8 +35,9 @@ class Solution:
     """v*, q* and pi* of a TokenMDP at one beta and gamma; t counts the policy tokens already spent.
 
     values       float[1, S], or float[H + 1, S] where a horizon makes them depend on t
-    error_bound  proved bound on |v - v*| beyond rounding in loops with gamma < 1; 0.0 where the sweep is exact; for loops
-                 with gamma = 1 the last residual times the expected number of steps left (first order in the residual)
+    error_bound  proved bound on |v - v*| in loops with gamma < 1, rounding included; 0.0 where the sweep is exact; for loops
+                 with gamma = 1 the last residual times the expected number of steps left (first order in the residual);
+                 where a horizon leaves loops of environment states alone, the rounding that these enlarge
     """
 
     mdp: TokenMDP
@@ -164,7 +166,14 @@ def _sweep(mdp: TokenMDP, beta: float, gamma: float) -> Solution:
         else:
             index = block.index
             v[index] = _backup(mdp, v, index, beta, gamma)
+    if bound > 0 and gamma < 1:
+        bound *= 1 + _longest_wait(environment_average(mdp), mdp)
     return Solution(mdp, beta, gamma, v[None, :-1], bound)
+
+
+def _longest_wait(lift: Recursion, mdp: TokenMDP) -> float:
+    """w: the largest expected number of environment tokens in a row; 0 where the policy speaks alone."""
+    return float(lift.solve((~mdp.is_policy).astype(np.float64)).max())
 
 
 def _longest(mdp: TokenMDP) -> float:
@@ -185,7 +194,11 @@ def _backward_induction(mdp: TokenMDP, beta: float, gamma: float) -> Solution:
     for t in reversed(range(horizon)):
         values[t, policy] = _backup(mdp, np.append(values[t + 1], 0.0), policy, beta, gamma)
         values[t] = lift.solve(np.where(mdp.is_policy, values[t], 0.0))
-    return Solution(mdp, beta, gamma, values)
+    bound = 0.0
+    if any(block.cyclic for block in lift.blocks):  # in a layer a few eps, enlarged by the wait; layers add up
+        size = 1 + float(np.abs(values).max()) + float(np.abs(mdp.reward).max())
+        bound = 8 * EPS * size * horizon * (1 + _longest_wait(lift, mdp))
+    return Solution(mdp, beta, gamma, values, bound)
 
 
 def environment_average(mdp: TokenMDP) -> Recursion:

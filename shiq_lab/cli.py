@@ -93,7 +93,7 @@ def _builder(which: str) -> Callable[..., Any]:
         raise bad("ENV", "a file that can be imported", f"{path!r}, which raises {type(error).__name__}: {error}") from error
     if not callable(getattr(module, name, None)):
         raise bad("ENV", f"a function in {path}", repr(name))
-    return getattr(module, name)  # type: ignore[no-any-return]
+    return getattr(module, name)
 
 
 def _build(builder: Callable[..., Any], parameters: dict[str, Any]) -> TokenMDP:

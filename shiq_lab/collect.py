@@ -86,7 +86,7 @@ def _until(over: Any) -> Any:
 def _open(env: Any) -> tuple[TokenMDP, Any]:
     """The automaton that an environment plays, and the environment as a vector."""
     if isinstance(env, VectorEnv):
-        inner = env.unwrapped
+        inner: Any = env.unwrapped
         mdp = getattr(inner, "mdp", None)
         if mdp is None and getattr(inner, "envs", None):
             mdp = getattr(inner.envs[0].unwrapped, "mdp", None)

@@ -154,7 +154,8 @@ class Recursion:
 
     def _loop_inverse(self, block: Block) -> Floats:
         matrix = loop_matrix(self.next_state, self.weights, block.states)
-        return np.linalg.inv(np.eye(len(block.states)) - matrix)
+        inverse: Floats = np.linalg.inv(np.eye(len(block.states)) - matrix).astype(np.float64, copy=False)
+        return inverse
 
     def _pull(self, x: Floats, index: slice | Ints) -> Floats:
         return np.einsum("sv,svk->sk", self.weights[index], x[self.next_state[index]])
@@ -199,5 +200,5 @@ def loop_matrix(next_state: Ints, weights: Floats, states: Ints) -> Floats:
     column = local[next_state[states]]
     row = np.broadcast_to(np.arange(n)[:, None], column.shape)
     keep = (column >= 0) & (next_state[states] >= 0)
-    flat = np.bincount((row * n + column)[keep], weights=weights[states][keep], minlength=n * n)
+    flat: Floats = np.bincount((row * n + column)[keep], weights=weights[states][keep], minlength=n * n).astype(np.float64)
     return flat.reshape(n, n)

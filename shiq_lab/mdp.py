@@ -270,10 +270,11 @@ def _frozen(array: Any) -> Any:
 def _array(name: str, value: ArrayLike) -> Any:
     try:
         return np.asarray(value)
-    except (ValueError, TypeError, RuntimeError) as error:  # ragged lists; tensors with gradient or on another device
-        raise bad(
-            name, "an array, or nested lists with rows of one length", f"what numpy cannot turn into one ({error})"
-        ) from error
+    except ValueError as error:
+        raise bad(name, "a rectangular array", "a ragged one") from error
+    except (TypeError, RuntimeError) as error:  # tensors with a gradient, or on another device
+        received = f"a {type(value).__name__} that numpy cannot read"
+        raise bad(name, "an array", received, "Take x.detach().cpu() of a tensor.") from error
 
 
 def _integers(name: str, value: ArrayLike) -> Ints:

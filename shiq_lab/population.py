@@ -180,7 +180,7 @@ class Population:
     def _recursion(self, turns: bool, inner: Floats) -> Recursion:
         if ("recursion", turns) not in self._cache:
             self._cache["recursion", turns] = Recursion(self.mdp.next_state, inner)
-        return self._cache["recursion", turns]  # type: ignore[no-any-return]
+        return self._cache["recursion", turns]
 
     def _spread(self, turns: bool, first_only: bool, inner: Floats) -> Tensor:
         """w: how often, discounted by gamma^2 a step, the variance made in a state enters the loss."""
@@ -189,7 +189,7 @@ class Population:
             start = self.first if first_only else self.arrivals * self.mdp.is_policy
             weights = inner * np.where(self.mdp.is_policy, self.gamma, 1.0)[:, None]
             self._cache[key] = self.tensor(Recursion(self.mdp.next_state, weights).solve_transpose(start))
-        return self._cache[key]  # type: ignore[no-any-return]
+        return self._cache[key]
 
     def _few_steps(self, logits: Tensor, step: Step, n_steps: int) -> list[tuple[Tensor, Tensor]]:
         """n-step: M^(0) = u, and n times M^(k) = E[g + gamma M^(k-1)(s')] with the environment averaged over in between."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from shiq_lab.batch import TokenBatch
-from shiq_lab.bellman import Solution
+from shiq_lab.bellman import EPS, Solution
 from shiq_lab.enumeration import count_trajectories, enumerate_trajectories
 from shiq_lab.graph import Bools, Floats
 from shiq_lab.mdp import TokenMDP
@@ -96,7 +96,7 @@ def _from_an_action_on(mdp: TokenMDP) -> Bools:
 
 
 def plain_iteration(mdp: TokenMDP, beta: float, gamma: float) -> Floats:
-    """v at t = 0 by v <- T(v) on all states at once, until the largest change is below one rounding; float[S].
+    """v at t = 0 by v <- T(v) on all states at once, until the largest change is that of rounding; float[S].
 
     A horizon of H is exactly H rounds, each after the environment's states have settled.
     """
@@ -109,18 +109,19 @@ def plain_iteration(mdp: TokenMDP, beta: float, gamma: float) -> Floats:
         while True:
             said = torch.where(allowed, log_ref.exp() * torch.nn.functional.pad(v, (0, 1))[follow], 0.0).sum(1)
             new = torch.where(policy, v, said)
-            if torch.equal(new, v) or (new - v).abs().max() <= 1e-16 * v.abs().max():
+            if torch.equal(new, v) or (new - v).abs().max() <= 4 * EPS * v.abs().max():
                 return new
             v = new
 
     v = torch.zeros(mdp.n_states, dtype=torch.float64)
+    size = 1 + beta * log_ref[allowed].abs().max()  # beta ln pi_ref is rounded too: smaller changes may go on for ever
     rounds = 0
     while mdp.horizon is None or rounds < mdp.horizon:
         q = reward + gamma * torch.nn.functional.pad(v, (0, 1))[follow]
         best = beta * (log_ref + torch.where(allowed, q, 0.0) / beta).logsumexp(1)
         new = settle(torch.where(policy, best, v))
         rounds += 1
-        still = (new - v).abs().max() <= 2e-16 * (1 + new.abs().max())
+        still = (new - v).abs().max() <= 2 * EPS * (size + new.abs().max())
         v = new
         if (mdp.horizon is None and still) or rounds > 100_000:
             break

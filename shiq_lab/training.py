@@ -250,13 +250,11 @@ def _turns(population: Population, method: Method, logits: Tensor, max_steps: in
     scale = scaling(population, method)
     for _ in range(max_steps):
         targets = population.pieces(logits)[1].detach()
-        moved, losses = gauss_newton(
-            lambda x, t=targets: population.squares(x, method.step, None, False, t),
-            logits,
-            scale,
-            _size(population, logits),
-            max_steps,  # type: ignore[misc]
-        )
+
+        def squares(x: Tensor, targets: Tensor = targets) -> list[tuple[Tensor, Tensor]]:
+            return population.squares(x, method.step, None, False, targets)
+
+        moved, losses = gauss_newton(squares, logits, scale, _size(population, logits), max_steps)
         change = float((moved - logits).abs().max())
         history.append(losses[-1])
         logits = moved

@@ -96,7 +96,7 @@ class TabularLM(nn.Module):
         return CausalLMOutput(torch.where((states >= 0)[..., None], logits, 0.0))
 
     def __call__(self, *args: Tensor, **kwargs: Tensor | None) -> CausalLMOutput:  # typed, for callers' sake
-        return super().__call__(*args, **kwargs)  # type: ignore[no-any-return]
+        return super().__call__(*args, **kwargs)
 
 
 def with_states(batch: TokenBatch, mdp: TokenMDP) -> TokenBatch:
