@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from shiq_lab.errors import at_least, bad, check_beta, check_gamma
-from shiq_lab.graph import Block, Floats, Ints, Recursion, blocks, loop_matrix, reaches
+from shiq_lab.graph import PIECE, Block, Floats, Ints, Recursion, blocks, loop_matrix, reaches, row_max, row_sum
 from shiq_lab.mdp import TokenMDP, check_mdp
 from shiq_lab.policies import check_log_policy
 
@@ -108,10 +108,12 @@ def soft_max(q: Floats, log_ref: Floats, beta: float) -> Floats:
     """
     logits = q / beta
     logits += log_ref  # forbidden: -inf in log_ref
-    top = logits.max(1)
+    top = row_max(logits)
     logits -= top[:, None]
     np.exp(logits, out=logits)
-    out = beta * (np.log(logits.sum(1)) + top)
+    out: Floats = beta * (np.log(row_sum(logits)) + top)
+    if beta <= np.abs(out).max(initial=0.0):  # |out| <= max|q|: not flat
+        return out
     live = log_ref > -np.inf
     if beta > np.abs(q[live]).max(initial=0.0):
         middle = np.where(live, q, 0.0).sum(1, keepdims=True) / live.sum(1, keepdims=True)
@@ -127,7 +129,7 @@ def _backup(mdp: TokenMDP, v: Floats, index: slice | Ints, beta: float, gamma: f
     if policy.all():
         follow *= gamma
         follow += mdp.reward[index]
-        return soft_max(follow, mdp.ref_log_policy[index], beta)
+        return soft_max(follow, mdp.ref_logits[index] - mdp.ref_logsumexp[index][:, None], beta)
     out = (np.exp(mdp.ref_logits[index]) * follow).sum(1)
     if policy.any():
         q = mdp.reward[index][policy] + gamma * follow[policy]
@@ -160,12 +162,12 @@ def _sweep(mdp: TokenMDP, beta: float, gamma: float) -> Solution:
     """Block by block, successors first: one backup a state, Newton's method in loops."""
     v = np.zeros(mdp.n_states + 1)
     bound = 0.0
-    for block in blocks(mdp.next_state, mdp.allowed):
+    for block in blocks(mdp.next_state):
         if block.cyclic:
             bound = max(bound, _solve_loop(mdp, v, block, beta, gamma))
         else:
-            index = block.index
-            v[index] = _backup(mdp, v, index, beta, gamma)
+            for piece in block.pieces(PIECE // mdp.n_tokens):
+                v[piece] = _backup(mdp, v, piece, beta, gamma)
     if bound > 0 and gamma < 1:
         bound *= 1 + _longest_wait(environment_average(mdp), mdp)
     return Solution(mdp, beta, gamma, v[None, :-1], bound)
@@ -179,7 +181,7 @@ def _longest_wait(lift: Recursion, mdp: TokenMDP) -> float:
 def _longest(mdp: TokenMDP) -> float:
     """Policy tokens of the longest episode from any state; infinite with loops."""
     length = np.zeros(mdp.n_states + 1)
-    for block in blocks(mdp.next_state, mdp.allowed):
+    for block in blocks(mdp.next_state):
         if block.cyclic:
             return np.inf
         length[block.states] = mdp.is_policy[block.states] + length[mdp.next_state[block.states]].max(1)

@@ -401,7 +401,7 @@ def _luck(case: Case) -> Floats:
     """gamma (v*(where the action leads) - v*(the next policy state)), float[B, T]: what random replies leave in d at l*."""
     batch, actions = case.batch, actions_of(case.batch)
     value = torch.tensor(np.append(case.solution.v(), 0.0))  # the last entry, index -1, is the end
-    state = value[batch.states]  # type: ignore[index]  # after each token
+    state = value[batch.states]  # after each token
     led, before = state[:, 1:].gather(1, actions.index), state[:, :-1].gather(1, actions.index)
     at_end = state[torch.arange(len(batch)), batch.last_index()][:, None]
     following = torch.nn.functional.pad(actions.real[:, 1:], (0, 1))

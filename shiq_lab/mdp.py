@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from shiq_lab.errors import at_least, bad, is_whole
-from shiq_lab.graph import Bools, Floats, Ints, reachable_from, reaches
+from shiq_lab.graph import PIECE, Bools, Floats, Ints, reachable_from, reaches, row_max, row_sum
 
 # float64 log-softmax over V tokens sums to 1 within V * eps: 1.1e-11 at V = 49,152; anything beyond 1e-9 was never normalised.
 PROBABILITY_TOLERANCE = 1e-9
@@ -98,8 +98,12 @@ class TokenMDP:
     @cached_property
     def ref_logsumexp(self) -> Floats:
         """float[S]: ln sum_a exp ref_logits(s, a), the level of the reference logits."""
-        top = self.ref_logits.max(1, keepdims=True)
-        return _frozen(np.log(np.exp(self.ref_logits - top).sum(1)) + top[:, 0])
+        level, size = np.empty(self.n_states), max(1, PIECE // self.n_tokens)
+        for i in range(0, self.n_states, size):
+            rows = self.ref_logits[i : i + size]
+            top = row_max(rows)
+            level[i : i + size] = np.log(row_sum(np.exp(rows - top[:, None]))) + top
+        return _frozen(level)
 
     @cached_property
     def ref_log_policy(self) -> Floats:

@@ -118,7 +118,7 @@ def _descendants(mdp: TokenMDP) -> Bools:
     """bool[S, S]: is the second state reachable from the first (every state from itself)?"""
     S, V = mdp.next_state.shape
     seen = np.zeros((S + 1, S), dtype=bool)
-    for block in blocks(mdp.next_state, mdp.allowed):
+    for block in blocks(mdp.next_state):
         rows = block.states
         if block.cyclic:
             seen[np.ix_(rows, rows)] = True

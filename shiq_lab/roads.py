@@ -17,6 +17,7 @@ from shiq_lab.graph import Bools, Floats
 from shiq_lab.mdp import TokenMDP
 
 LISTABLE = 100_000  # strings; a listing of this size takes under a second
+FITS = 600  # |v*| / beta; beyond, z = exp(v / beta) leaves float64 (e^709)
 
 
 def second_roads(solution: Solution) -> Iterator[tuple[str, float]]:
@@ -28,7 +29,7 @@ def second_roads(solution: Solution) -> Iterator[tuple[str, float]]:
         yield "listing J(pi*)", abs(listed_objective(solution) - truth) / scale
         if gamma == 1 and mdp.deterministic:
             yield "listing E exp(R/beta)", abs(listed_value(mdp, beta) - truth) / scale
-    if mdp.horizon is None and gamma == 1 and mdp.deterministic:
+    if mdp.horizon is None and gamma == 1 and mdp.deterministic and scale / beta < FITS:
         yield "linear system", abs(linear_value(mdp, beta) - truth) / scale
     yield "plain iteration", abs(plain_iteration(mdp, beta, gamma)[mdp.start] - truth) / scale
 

@@ -69,7 +69,7 @@ def test_training_on_played_rows_reaches_the_same_q(name: str) -> None:
     environment = ENVIRONMENTS[name]
     mdp = environment.builder()
     mdp = mdp if mdp.horizon is None else mdp.unroll()
-    batch = collect(TokenVectorEnv(256, mdp), covering(mdp), {"Addition": 40_000, "Loop": 300}.get(name, 3_000))
+    batch = collect(TokenVectorEnv(256, mdp), covering(mdp), {"Addition": 40_000, "Loop": 300, "Needle": 1_200}.get(name, 3_000))
     trained = train_on_rows(mdp, "shiq", batch, beta=environment.beta, gamma=environment.gamma)
     assert trained.untried == 0, "too few rows for full support"
     assert trained.metrics.q_error <= 1e-8  # as for the population loss
