@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shiq_lab.errors import bad
+from shiq_lab.errors import at_least, bad, is_whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +161,8 @@ def cut(batch: TokenBatch, length: int | Tensor) -> TokenBatch:
     """
     batch = pad(batch, "right")
     B, L = batch.input_ids.shape
+    if not is_whole(length) and not (isinstance(length, Tensor) and not length.is_floating_point() and length.shape == (B,)):
+        raise bad("length", f"a whole number, or integers of shape ({B},)", repr(length))
     wanted = torch.as_tensor(length, device=batch.input_ids.device).expand(B)
     if (wanted < 1).any():
         raise bad("length", "at least 1 token", f"{int(wanted.min())}")
@@ -184,7 +186,7 @@ def cut(batch: TokenBatch, length: int | Tensor) -> TokenBatch:
 
 def pack(batch: TokenBatch, width: int) -> TokenBatch:
     """Several rows in one, first fit in order of arrival: segment_ids count from 1, position_ids restart with each."""
-    batch = pad(batch, "right")
+    batch, width = pad(batch, "right"), at_least("width", width, 1)
     length = batch.attention_mask.sum(1).tolist()
     if length and max(length) > width:
         raise bad("width", f"at least the longest row, {max(length)}", repr(width))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from shiq_lab.bellman import environment_average
-from shiq_lab.errors import bad, check_beta, check_gamma
+from shiq_lab.errors import at_least, bad, check_beta, check_gamma
 from shiq_lab.graph import Floats, Recursion
 from shiq_lab.losses import steps
 from shiq_lab.losses.shiq import Step
@@ -124,6 +124,12 @@ class Population:
         first_only keeps rho_0 alone (the sequence loss). turn_targets float[S]: the value that a turn bootstraps with
         where the environment answers (turn-cut; pass the detached u).
         """
+        if not isinstance(logits, Tensor) or tuple(logits.shape) != self.mdp.next_state.shape:
+            raise bad(
+                "logits", f"a tensor of shape {self.mdp.next_state.shape}", f"{type(logits).__name__}, shape {np.shape(logits)}"
+            )
+        if n_steps is not None:
+            at_least("n_steps", n_steps, 1)
         return sum((weight * part**2).sum() for weight, part in self.squares(logits, step, n_steps, first_only, turn_targets))  # type: ignore[return-value]
 
     def squares(

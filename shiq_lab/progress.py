@@ -10,15 +10,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 PATIENCE = 2.0  # seconds
+_outermost = True  # a bar inside another one stays silent: a terminal shows one at a time
 
 
 def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
     """Yield the items; after two seconds draw a bar on standard error (which a pipe of standard output never sees)."""
+    global _outermost
+    if not _outermost:
+        yield from items
+        return
     total = len(items) if total is None and hasattr(items, "__len__") else total  # type: ignore[arg-type]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
     task = bar.add_task(label, total=total)
-    begun, shown = time.monotonic(), False
+    begun, shown, _outermost = time.monotonic(), False, False
     try:
         for item in items:
             if not shown and time.monotonic() - begun > PATIENCE:
@@ -27,5 +32,6 @@ def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterat
             yield item
             bar.advance(task)
     finally:
+        _outermost = True
         if shown:
             bar.stop()

@@ -74,12 +74,14 @@ def linear_value(mdp: TokenMDP, beta: float) -> float:
     S = mdp.n_states
     step = np.where(mdp.allowed, np.exp(mdp.ref_log_policy + np.where(mdp.is_policy[:, None], mdp.reward / beta, 0.0)), 0.0)
     acted = _from_an_action_on(mdp)  # environment states among these have a single reply each: they pass z on
-    A, b = np.eye(S + 1), np.zeros(S + 1)
+    A, b = np.zeros((S + 1, S + 1)), np.zeros(S + 1)
     b[S] = 1.0
     for a in range(mdp.n_tokens):
-        np.add.at(A, (np.flatnonzero(acted), mdp.next_state[acted, a] % (S + 1)), -step[acted, a])
-    A[S, :S], A[S, S] = 0.0, 1.0
-    v = beta * np.log(np.where(np.append(acted, True), np.linalg.solve(A, b), 1.0))
+        np.add.at(A, (np.flatnonzero(acted), mdp.next_state[acted, a] % (S + 1)), step[acted, a])
+    z = np.linalg.solve(np.eye(S + 1) - A, b)  # right to eps of the largest entry
+    for _ in range(S):  # and the small ones to eps of their own, as sums of positive numbers
+        z = A @ z + b
+    v = beta * np.log(np.where(np.append(acted, True), z, 1.0))
     prompts = np.flatnonzero(~acted)
     for _ in prompts:
         v[prompts] = (np.where(mdp.allowed, np.exp(mdp.ref_logits), 0.0)[prompts] * v[mdp.next_state[prompts]]).sum(1)

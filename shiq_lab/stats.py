@@ -44,10 +44,12 @@ class TokenStats:
         Rows that score nothing are replaced before the log-sum-exp, so NaN in padding reaches neither value nor gradient.
         ref_logits adds the joint statistics. Source: F3 of the derivation.
         """
+        _check_table("logits", logits)
         if logits.ndim != 3 or logits.shape[:2] != batch.input_ids.shape:
             raise bad("logits", f"shape {(*batch.input_ids.shape, 'V')}", f"shape {tuple(logits.shape)}")
         if ref_logits is not None and ref_logits.shape != logits.shape:
             raise bad("ref_logits", f"shape {tuple(logits.shape)}, as logits", f"shape {tuple(ref_logits.shape)}")
+        _check_taken(batch, logits.shape[-1])
         acts, end, rows = _live(batch)
         clean = torch.where((acts | end)[..., None], logits, 0.0)
         clean = clean.float() if clean.dtype in (torch.float16, torch.bfloat16) else clean
@@ -68,6 +70,10 @@ class TokenStats:
         """
         if batch.states is None:
             raise bad("batch", "one that knows its automaton states", "states=None", "Fill them with tabular.with_states.")
+        _check_table("table", table, 2)
+        if ref_table is not None and ref_table.shape != table.shape:
+            raise bad("ref_table", f"shape {tuple(table.shape)}, as table", f"shape {tuple(ref_table.shape)}")
+        _check_taken(batch, table.shape[1])
         acts, end, rows = _live(batch)
         used = acts | end
         lost = used & ((batch.states < 0) | (batch.states >= table.shape[0]))
@@ -106,6 +112,22 @@ class TokenStats:
             joint_logsumexp=None if joint is None else torch.where(here, joint[:, :-1], 0.0),
             end_joint_logsumexp=None if joint is None else at_end(joint),
         )
+
+
+def _check_table(name: str, table: object, ndim: int | None = None) -> None:
+    if not isinstance(table, Tensor) or not table.is_floating_point():
+        raise bad(name, "a floating-point tensor", f"{type(table).__name__} of {getattr(table, 'dtype', 'no dtype')}")
+    if ndim is not None and table.ndim != ndim:
+        raise bad(name, "shape [S, V]", f"shape {tuple(table.shape)}")
+
+
+def _check_taken(batch: TokenBatch, vocabulary: int) -> None:
+    """Chosen tokens must have a logit; ids anywhere else may hold anything."""
+    outside = (batch.completion_mask == 1) & ((batch.input_ids < 0) | (batch.input_ids >= vocabulary))
+    if outside.any():
+        row, position = (int(x) for x in outside.nonzero()[0])
+        token = int(batch.input_ids[row, position])
+        raise bad("input_ids", f"actions from 0 to {vocabulary - 1}", f"{token} at row {row}, position {position}")
 
 
 def _live(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:

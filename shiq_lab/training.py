@@ -171,7 +171,7 @@ def gauss_newton(squares: Squares, x: Tensor, scale: Tensor, size: float, max_st
     """
     history: list[float] = []
     value, tight = float("inf"), 1e-2
-    for _ in range(max_steps):
+    for _ in progress(range(max_steps), "training"):
         x = x.detach().requires_grad_()
         parts = squares(x)
         value = sum(float((w * f.detach() ** 2).sum()) for w, f in parts)

@@ -785,6 +785,47 @@ CALLS: list[tuple[str, Callable[[], Any], str]] = [
         "batch: expected rows that are not packed, got packed rows. Pad before packing.",
     ),
     ("cut-nothing", lambda: cut(ROWS, 0), "length: expected at least 1 token, got 0."),
+    (
+        "cut-a-string",
+        lambda: cut(ROWS, "a"),  # type: ignore[arg-type]
+        "length: expected a whole number, or integers of shape (2,), got 'a'.",
+    ),
+    ("pack-a-fraction", lambda: pack(ROWS, 2.5), "width: expected a whole number >= 1, got 2.5."),  # type: ignore[arg-type]
+    (
+        "population-array",
+        lambda: Population(OK, softmax_policy(OK, np.zeros((2, 2))), 1.0).loss(np.zeros((2, 2))),  # type: ignore[arg-type]
+        "logits: expected a tensor of shape (2, 2), got ndarray, shape (2, 2).",
+    ),
+    (
+        "population-n-steps",
+        lambda: Population(OK, softmax_policy(OK, np.zeros((2, 2))), 1.0).loss(torch.zeros(2, 2), n_steps=0),
+        "n_steps: expected a whole number >= 1, got 0.",
+    ),
+    (
+        "stats-integers",
+        lambda: TokenStats.from_logits(torch.zeros(2, 2, 2, dtype=torch.int64), ROWS),
+        "logits: expected a floating-point tensor, got Tensor of torch.int64.",
+    ),
+    (
+        "stats-vocabulary",
+        lambda: TokenStats.from_logits(torch.zeros(2, 2, 1), replace(ROWS, input_ids=torch.tensor([[0, 1], [0, 1]]))),
+        "input_ids: expected actions from 0 to 0, got 1 at row 0, position 1.",
+    ),
+    (
+        "model-nan",
+        lambda: TabularLM(OK, torch.tensor([[0.0, 0.0], [nan, 0.0]])),
+        "logits: expected numbers where a token is allowed, got NaN at state 1, token 0 ('a').",
+    ),
+    (
+        "model-ids",
+        lambda: TabularLM(OK)(torch.zeros(3, dtype=torch.int64)),
+        "input_ids: expected integers [B, L], got torch.int64, shape (3,).",
+    ),
+    (
+        "model-mask",
+        lambda: TabularLM(OK)(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 3)),
+        "attention_mask: expected shape (1, 2), as input_ids, got shape (1, 3).",
+    ),
     ("pack-width", lambda: pack(ROWS, 1), "width: expected at least the longest row, 2, got 1."),
     ("concatenate-none", lambda: concatenate([]), "batches: expected at least one batch, got none."),
     (

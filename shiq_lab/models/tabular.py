@@ -1,6 +1,6 @@
 """TabularLM: a table of logits a state as a causal language model, by walking the automaton along the tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -54,13 +54,18 @@ class TabularLM(nn.Module):
         require_prompt(mdp)
         if mdp.horizon is not None:
             raise bad("mdp", "an automaton without a horizon", f"horizon {mdp.horizon}", "Use mdp.unroll().")
-        table = torch.tensor(mdp.ref_logits) if logits is None else torch.as_tensor(logits)
+        table = torch.tensor(mdp.ref_logits) if logits is None else logits
+        if not isinstance(table, Tensor):
+            raise bad("logits", "a tensor", type(table).__name__)
         if tuple(table.shape) != mdp.ref_logits.shape:
             raise bad("logits", f"shape {mdp.ref_logits.shape}", f"shape {tuple(table.shape)}")
         if not table.is_floating_point():
             raise bad("logits", "a floating-point table", f"dtype {table.dtype}")
         self.mdp = mdp
         allowed = torch.from_numpy(np.array(mdp.allowed))
+        if torch.isnan(table[allowed]).any():
+            state, token = (int(x) for x in (torch.isnan(table) & allowed).nonzero()[0])
+            raise bad("logits", "numbers where a token is allowed", f"NaN at {mdp.place(state, token)}")
         lowest = torch.finfo(table.dtype).min
         finite = torch.where(allowed, table, lowest).clamp(min=lowest).detach().clone()
         self.table = nn.Parameter(finite, requires_grad=trainable)
@@ -81,6 +86,11 @@ class TabularLM(nn.Module):
 
     def states(self, input_ids: Tensor, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
         """The automaton's state after each token, int[B, L]; -1 where there is none."""
+        if input_ids.ndim != 2 or input_ids.is_floating_point():
+            raise bad("input_ids", "integers [B, L]", f"{input_ids.dtype}, shape {tuple(input_ids.shape)}")
+        for name, mask in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
+            if mask is not None and mask.shape != input_ids.shape:
+                raise bad(name, f"shape {tuple(input_ids.shape)}, as input_ids", f"shape {tuple(mask.shape)}")
         real = torch.ones_like(input_ids) == 1 if attention_mask is None else attention_mask == 1
         first = None
         if segment_ids is not None:
@@ -101,8 +111,6 @@ class TabularLM(nn.Module):
 
 def with_states(batch: TokenBatch, mdp: TokenMDP) -> TokenBatch:
     """The batch with its automaton states filled in by walking the tokens."""
-    from dataclasses import replace
-
     model = TabularLM(mdp, trainable=False)
     return replace(batch, states=model.states(batch.input_ids, batch.attention_mask, batch.segment_ids))
 
