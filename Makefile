@@ -10,10 +10,10 @@ demo: .venv/ready
 	$(BIN)/shiq-lab selftest
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
 test-slow: .venv/ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto -m slow
 
 bench: .venv/ready
 	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) -e ".[bench]"

@@ -99,6 +99,12 @@ class TokenBatch:
         before = torch.nn.functional.pad(label, (1, 0))[:, :-1]
         return real & (label != before)
 
+    def known_states(self) -> Tensor:
+        """`states`, or a ValueError where the batch does not know them."""
+        if self.states is None:
+            raise bad("batch", "one that knows its automaton states", "states=None", "Fill them with tabular.with_states.")
+        return self.states
+
     def last_index(self) -> Tensor:
         """int[B] (packed: [B, N]): where the last real token sits; 0 for an empty row."""
         position = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)

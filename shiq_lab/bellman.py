@@ -263,7 +263,8 @@ def _inverse(mdp: TokenMDP, states: Ints, chance: Floats, gamma: float) -> Float
     weights[states] = chance * np.where(mdp.is_policy[states], gamma, 1.0)[:, None]
     matrix = np.eye(len(states)) - loop_matrix(mdp.next_state, weights, states)
     try:
-        return np.linalg.inv(matrix)
+        inverse: Floats = np.linalg.inv(matrix).astype(np.float64, copy=False)
+        return inverse
     except np.linalg.LinAlgError:
         return np.full(matrix.shape, np.inf)
 
@@ -280,7 +281,7 @@ def _infinite(mdp: TokenMDP, states: Ints) -> ValueError:
 
 
 def _check_ends(mdp: TokenMDP, states: Ints) -> None:
-    done = (mdp.allowed & (mdp.next_state < 0)).any(1)
+    done = np.logical_or.reduce(mdp.allowed & (mdp.next_state < 0), axis=1)
     stuck = ~reaches(mdp.next_state, mdp.allowed, done)[states]
     if stuck.any():
         state = int(states[np.argmax(stuck)])
@@ -352,9 +353,9 @@ def _evaluate_stationary(mdp: TokenMDP, log_policy: Floats, optimum: Solution) -
     recursion = Recursion(mdp.next_state, chance * np.where(mdp.is_policy, gamma, 1.0)[:, None])
     v, values = _spread_infinity(mdp, recursion.solve(terms), beta)
     visits = recursion.solve_transpose(np.eye(1, mdp.n_states, mdp.start)[0])
-    at_start = values[mdp.start]
+    earned, kl_ref, kl_optimal = values[mdp.start].tolist()
     q = action_values(mdp, v, v, gamma)
-    return Evaluation(float(v[mdp.start]), *map(float, at_start), v=v, q=q, occupancy=visits[:, None] * chance)
+    return Evaluation(float(v[mdp.start]), earned, kl_ref, kl_optimal, v, q, visits[:, None] * chance)
 
 
 def _evaluate_layers(mdp: TokenMDP, log_policy: Floats, optimum: Solution) -> Evaluation:
@@ -375,5 +376,5 @@ def _evaluate_layers(mdp: TokenMDP, log_policy: Floats, optimum: Solution) -> Ev
         flow = np.where(policy, gamma * occupancy[t], 0.0)
         arriving = np.bincount(mdp.next_state.ravel() + 1, flow.ravel(), mdp.n_states + 1)[1:]
     q = np.stack([action_values(mdp, v[t + 1], v[t], gamma) for t in range(T)])
-    at_start = values[0, mdp.start]
-    return Evaluation(float(v[0, mdp.start]), *map(float, at_start), v=v[:-1], q=q, occupancy=occupancy)
+    earned, kl_ref, kl_optimal = values[0, mdp.start].tolist()
+    return Evaluation(float(v[0, mdp.start]), earned, kl_ref, kl_optimal, v[:-1], q, occupancy)

@@ -136,6 +136,10 @@ class Case:
         (gradient,) = torch.autograd.grad(loss(torch.where(allowed, x, -torch.inf)), x)
         return gradient
 
+    def value(self, loss: Callable[..., Tensor], stats: TokenStats, ref: TokenStats, batch: TokenBatch) -> float:
+        """A loss of statistics at this case's beta and gamma."""
+        return float(loss(stats, ref, batch, beta=self.beta, gamma=self.gamma))
+
     def batch_loss(self, name: str, batch: TokenBatch, **options: object) -> Callable[[Tensor], Tensor]:
         """The named token loss as a function of a table, summed with the batch's weights."""
         ref, loss = self.stats(self.ref, batch), METHODS[name].loss
@@ -145,9 +149,9 @@ class Case:
 
 
 def _worst(x: Tensor | Floats) -> float:
-    if x.size == 0 if isinstance(x, np.ndarray) else x.numel() == 0:
-        return float("nan")  # nothing compared: not finite, so it does not hold
-    return float(abs(x).max())
+    """The largest |x|; NaN, which no finding holds with, where there was nothing to compare."""
+    values = np.abs(np.asarray(x.detach() if isinstance(x, Tensor) else x))
+    return float(values.max()) if values.size else float("nan")
 
 
 def f1(case: Case) -> Iterator[Finding]:
@@ -205,32 +209,31 @@ def f4(case: Case) -> Iterator[Finding]:
     yield Finding("F4", "rho_t = -(reward-to-go) at l_ref", _worst(torch.where(actions.real, rho + togo, 0.0)), case.rounding)
     silent = replace(batch, rewards=torch.zeros_like(batch.rewards))
     ref = case.stats(case.ref, silent)
-    options = {"beta": case.beta, "gamma": case.gamma}
-    yield Finding("F4", "shifted loss at l_ref, r = 0", float(shiq.shiq_loss(ref, ref, silent, **options)), case.rounding**2)
-    level = torch.tensor(case.mdp.ref_logsumexp)[silent.states.clamp(min=0)][:, :-1]  # type: ignore[union-attr]
+    yield Finding("F4", "shifted loss at l_ref, r = 0", case.value(shiq.shiq_loss, ref, ref, silent), case.rounding**2)
+    level = torch.tensor(case.mdp.ref_logsumexp)[silent.known_states().clamp(min=0)][:, :-1]
     here = actions.of(level)
     after = torch.nn.functional.pad(here, (0, 1))[:, 1:]
     predicted = torch.where(actions.real, (case.beta * (here - case.gamma * after)) ** 2, 0.0).sum(1)
     predicted = (predicted * silent.weights).sum() / silent.weights.sum()
-    easy = shiq.easy_sampling_loss(ref, ref, silent, **options)
-    whole = silent.terminated.all()
-    gap = abs(float(easy - predicted)) if whole else 0.0
-    yield Finding("F4", "unshifted loss at l_ref, r = 0, as predicted", gap, case.rounding * (1 + float(predicted)) * 8)
+    easy = case.value(shiq.easy_sampling_loss, ref, ref, silent)
+    whole = bool(silent.terminated.all())
+    if whole:
+        size = 8 * case.rounding * (1 + float(predicted))
+        yield Finding("F4", "unshifted loss at l_ref, r = 0, as predicted", abs(easy - float(predicted)), size)
     if not whole or float(predicted) > 1e-2 * case.beta**2:  # levels differ from 0, as those of pretrained models do
-        yield Finding("F4", "and that is not 0", float(easy), 1e-3 * case.beta**2, above=True)
+        yield Finding("F4", "and that is not 0", easy, 1e-3 * case.beta**2, above=True)
 
 
 def f5(case: Case) -> Iterator[Finding]:
     """Gauge: c(s) added to l and l_ref changes nothing; added to l alone it changes ShiQ, and rho_0 only by the level there."""
     batch = case.ragged
     shift = torch.tensor(np.random.default_rng(case.seed + 4).normal(size=(case.mdp.n_states, 1)))
-    options = {"beta": case.beta, "gamma": case.gamma}
     ref, plain = case.stats(case.ref, batch), case.stats(case.logits, batch)
     both = case.stats(case.logits + shift, batch), case.stats(case.ref + shift, batch)
-    value = float(shiq.shiq_loss(plain, ref, batch, **options))
+    value = case.value(shiq.shiq_loss, plain, ref, batch)
     size = case.rounding * 8 * (1 + value)
-    yield Finding("F5", "l + c, l_ref + c: loss unchanged", abs(float(shiq.shiq_loss(*both, batch, **options)) - value), size)
-    alone = float(shiq.shiq_loss(both[0], ref, batch, **options))
+    yield Finding("F5", "l + c, l_ref + c: loss unchanged", abs(case.value(shiq.shiq_loss, *both, batch) - value), size)
+    alone = case.value(shiq.shiq_loss, both[0], ref, batch)
     yield Finding("F5", "l + c alone: ShiQ loss changes", abs(alone - value), 1e-6 * case.beta**2, above=True)
     moved, still = (softmax_policy(case.mdp, t.numpy()) for t in (case.logits + shift, case.logits))
     most = 1 + float(torch.where(torch.isfinite(case.logits), case.logits.abs() + shift.abs(), 0.0).max())
@@ -239,8 +242,8 @@ def f5(case: Case) -> Iterator[Finding]:
     inner = case.stats(torch.where(first, case.logits, case.logits + shift), case.batch)
     whole = case.batch
     if whole.terminated.all() and not _returns_to_first(case):
-        before = float(shiq.sequence_loss(case.stats(case.logits, whole), case.stats(case.ref, whole), whole, **options))
-        after = float(shiq.sequence_loss(inner, case.stats(case.ref, whole), whole, **options))
+        before = case.value(shiq.sequence_loss, case.stats(case.logits, whole), case.stats(case.ref, whole), whole)
+        after = case.value(shiq.sequence_loss, inner, case.stats(case.ref, whole), whole)
         yield Finding("F5", "c on inner states: rho_0 unchanged", abs(after - before), case.rounding * 8 * (1 + before))
 
 
@@ -333,7 +336,7 @@ def bias_formulas(case: Case) -> dict[str, Floats]:
     k = np.arange(d.shape[1])
     earlier = k[:, None] > k[None]  # [k, j]
     lag = np.where(earlier, gamma ** np.maximum(k[:, None] - k[None], 0), 0.0)
-    state = batch.states[:, :-1].gather(1, actions.index).clamp(min=0).numpy()  # type: ignore[union-attr]
+    state = batch.known_states()[:, :-1].gather(1, actions.index).clamp(min=0).numpy()
     weight = np.where(actions.real.numpy(), batch.weights.numpy()[:, None], 0.0)
     best = np.where(case.mdp.allowed, np.exp(case.solution.log_policy()), 0.0)
 
@@ -360,8 +363,12 @@ def optimum_of(case: Case, method: Method) -> Tensor:
 def expected_gradient(case: Case, name: str) -> Floats:
     """The exact expected gradient float[S, V] of a method at its own optimum, by differentiating the population loss."""
     method = METHODS[name]
-    options = {"step": method.step, "n_steps": method.n_steps, "first_only": method.form == "first"}
-    return case.gradient(optimum_of(case, method), lambda t: case.population.loss(t, **options)).numpy()  # type: ignore[arg-type]
+    first = method.form == "first"
+
+    def loss(table: Tensor) -> Tensor:
+        return case.population.loss(table, step=method.step, n_steps=method.n_steps, first_only=first)
+
+    return np.asarray(case.gradient(optimum_of(case, method), loss))
 
 
 def f9(case: Case) -> Iterator[Finding]:

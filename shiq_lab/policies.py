@@ -35,7 +35,8 @@ def check_log_policy(mdp: TokenMDP, log_policy: ArrayLike, argument: str = "log_
 def check_ends(mdp: TokenMDP, table: Floats, argument: str = "log_policy") -> None:
     """A ValueError where a policy float[S, V] never ends from some state."""
     chance = np.where(mdp.allowed, np.exp(table), 0.0)
-    leaves = reaches(mdp.next_state, chance > 0, ((mdp.next_state < 0) & (chance > 0)).any(1))
+    over = np.logical_or.reduce((mdp.next_state < 0) & (chance > 0), axis=1)
+    leaves = reaches(mdp.next_state, chance > 0, over)
     if not leaves.all():
         raise bad(argument, "a policy whose episodes end", f"one that never ends from {mdp.place(int(np.argmin(leaves)))}")
 

@@ -37,7 +37,7 @@ def second_roads(solution: Solution) -> Iterator[tuple[str, float]]:
 def row_terms(batch: TokenBatch, mdp: TokenMDP, log_ratio: Floats, beta: float, gamma: float) -> Floats:
     """Of every row: sum_t gamma^t (r_t - beta log_ratio(s_t, a_t)), with plain cumulative counts; float[B]."""
     action = batch.completion_mask.numpy() == 1
-    states = np.concatenate([np.full((len(batch), 1), mdp.start), batch.states.numpy()[:, :-1]], 1)  # type: ignore[union-attr]
+    states = np.concatenate([np.full((len(batch), 1), mdp.start), batch.known_states().numpy()[:, :-1]], 1)
     t = np.cumsum(action, 1) - action
     ratio = log_ratio[t, states, batch.input_ids.numpy()] if log_ratio.ndim == 3 else log_ratio[states, batch.input_ids.numpy()]
     return np.where(action, gamma**t * (batch.rewards.numpy() - beta * np.where(action, ratio, 0.0)), 0.0).sum(1)

@@ -68,20 +68,19 @@ class TokenStats:
         Rows of states where nothing is scored are replaced before the log-sum-exp, as from_logits does. Raises ValueError
         where an action is scored, or a cut row ends, in no state of the table.
         """
-        if batch.states is None:
-            raise bad("batch", "one that knows its automaton states", "states=None", "Fill them with tabular.with_states.")
+        states = batch.known_states()
         _check_table("table", table, 2)
         if ref_table is not None and ref_table.shape != table.shape:
             raise bad("ref_table", f"shape {tuple(table.shape)}, as table", f"shape {tuple(ref_table.shape)}")
         _check_taken(batch, table.shape[1])
         acts, end, rows = _live(batch)
         used = acts | end
-        lost = used & ((batch.states < 0) | (batch.states >= table.shape[0]))
+        lost = used & ((states < 0) | (states >= table.shape[0]))
         if lost.any():
             row, position = (int(x) for x in lost.nonzero()[0])
             expected = f"states from 0 to {table.shape[0] - 1} where an action is scored or a cut row ends"
-            raise bad("batch.states", expected, f"{int(batch.states[row, position])} at row {row}, position {position}")
-        state = torch.where(used, batch.states, 0)  # (B, L)
+            raise bad("batch.states", expected, f"{int(states[row, position])} at row {row}, position {position}")
+        state = torch.where(used, states, 0)  # (B, L)
         seen = torch.zeros(len(table), dtype=torch.bool, device=table.device)
         seen[state[used]] = True
         clean = torch.where(seen[:, None], table, 0.0)

@@ -252,7 +252,7 @@ def _turns(population: Population, method: Method, logits: Tensor, max_steps: in
         targets = population.pieces(logits)[1].detach()
 
         def squares(x: Tensor, targets: Tensor = targets) -> list[tuple[Tensor, Tensor]]:
-            return population.squares(x, method.step, None, False, targets)
+            return population.squares(x, method.step, None, False, targets)[:-1]  # the last: noise of replies, no gradient
 
         moved, losses = gauss_newton(squares, logits, scale, _size(population, logits), max_steps)
         change = float((moved - logits).abs().max())
@@ -287,7 +287,7 @@ def train_on_rows(
         return [(weight.expand_as(rho[:, :1]), rho[:, :1])] if method.form == "first" else [(weight.expand_as(rho), rho)]
 
     acted = batch.completion_mask[:, 1:] == 1
-    state, token = batch.states[:, :-1][acted], batch.input_ids[:, 1:][acted]  # type: ignore[index]
+    state, token = batch.known_states()[:, :-1][acted], batch.input_ids[:, 1:][acted]
     visits = torch.zeros(ref.shape, dtype=torch.float64).index_put_(
         (state, token), weight.expand(acted.shape)[acted], accumulate=True
     )

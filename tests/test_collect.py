@@ -35,7 +35,7 @@ def open_env(kind: str, mdp: TokenMDP):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("name", ["ToolCall", "RandomTool", "Brackets"])
 def test_frequencies_match_the_exact_probabilities(name: str, kind: str) -> None:
     """n rows: by Bernstein's inequality every string's frequency lies within sqrt(2 p t / n) + t / n of its probability p,
-    t = ln(2 strings / 1e-6), but for a chance of 1e-6. Brackets' rows differ in length: the quota must not favour short ones."""
+    t = ln(2 strings / 1e-6), but for a chance of 1e-6. Brackets' rows differ in length: short ones must not be favoured."""
     n = 600 if kind == "single" else 6000
     mdp = make(name)
     policy = softmax_policy(mdp, np.random.default_rng(1).normal(size=mdp.ref_logits.shape))
@@ -69,7 +69,9 @@ def test_training_on_played_rows_reaches_the_same_q(name: str) -> None:
     environment = ENVIRONMENTS[name]
     mdp = environment.builder()
     mdp = mdp if mdp.horizon is None else mdp.unroll()
-    batch = collect(TokenVectorEnv(256, mdp), covering(mdp), {"Addition": 40_000, "Loop": 300, "Needle": 1_200}.get(name, 3_000))
+    batch = collect(
+        TokenVectorEnv(256, mdp), covering(mdp), {"Addition": 40_000, "Loop": 300, "Needle": 2_500}.get(name, 3_000)
+    )
     trained = train_on_rows(mdp, "shiq", batch, beta=environment.beta, gamma=environment.gamma)
     assert trained.untried == 0, "too few rows for full support"
     assert trained.metrics.q_error <= 1e-8  # as for the population loss
