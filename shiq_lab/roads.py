@@ -74,14 +74,19 @@ def linear_value(mdp: TokenMDP, beta: float) -> float:
     S = mdp.n_states
     step = np.where(mdp.allowed, np.exp(mdp.ref_log_policy + np.where(mdp.is_policy[:, None], mdp.reward / beta, 0.0)), 0.0)
     acted = _from_an_action_on(mdp)  # environment states among these have a single reply each: they pass z on
-    A, b = np.zeros((S + 1, S + 1)), np.zeros(S + 1)
-    b[S] = 1.0
+    A, b = np.zeros((S + 1, S + 1)), np.append(~acted, True).astype(np.float64)  # prompts have no z: 1 stands in
     for a in range(mdp.n_tokens):
         np.add.at(A, (np.flatnonzero(acted), mdp.next_state[acted, a] % (S + 1)), step[acted, a])
-    z = np.linalg.solve(np.eye(S + 1) - A, b)  # right to eps of the largest entry
-    for _ in range(S):  # and the small ones to eps of their own, as sums of positive numbers
-        z = A @ z + b
-    v = beta * np.log(np.where(np.append(acted, True), z, 1.0))
+    log_z = np.zeros(S + 1)
+    with np.errstate(divide="ignore"):
+        log_A, log_b = np.log(A), np.log(b)
+    for _ in range(4):  # a dense solve is right to eps of the largest entry; in units of the last z all entries are near 1
+        A, b = np.exp(log_A + log_z - log_z[:, None]), np.exp(log_b - log_z)
+        z = np.maximum(np.linalg.solve(np.eye(S + 1) - A, b), 0.0)
+        for _ in range(S):  # what rounding took for 0 comes back, as sums of positive numbers
+            z = A @ z + b
+        log_z += np.log(z)
+    v = beta * np.where(np.append(acted, True), log_z, 0.0)
     prompts = np.flatnonzero(~acted)
     for _ in prompts:
         v[prompts] = (np.where(mdp.allowed, np.exp(mdp.ref_logits), 0.0)[prompts] * v[mdp.next_state[prompts]]).sum(1)

@@ -9,7 +9,7 @@ from shiq_lab import collect, enumerate_trajectories, make, solve
 from shiq_lab.envs import ENVIRONMENTS
 from shiq_lab.gym import TokenEnv, TokenVectorEnv
 from shiq_lab.mdp import TokenMDP
-from shiq_lab.policies import covering, softmax_policy, uniform_policy
+from shiq_lab.policies import covering, mixture, softmax_policy, uniform_policy
 from shiq_lab.training import train_on_rows
 
 
@@ -60,18 +60,26 @@ def test_single_and_vector_tell_the_same_story() -> None:
     assert rows_of(a) != rows_of(collect(open_env("vector", mdp), uniform_policy(mdp), 100, seed=6))
 
 
-SLOW = {"RandomWalk", "Brackets", "Addition"}  # many different rows, or many states to cover
-NAMES = [n for n, e in ENVIRONMENTS.items() if e.builder().deterministic and n not in ("Tree", "Shaped")]
+# Rows that act everywhere (F8), so that the zero is q*. Left out: Addition, where the prompts of two of the 179 sums have
+# probability 1/8100 and it takes millions of rows to try all tokens after them; Tree and Shaped, which differ from Forbidden
+# in size alone; RandomTool, where no finite set of rows has its zero at q* (F9).
+ROWS = {"Bandit": 300, "Needle": 2_500, "Chain": 1_000, "Brackets": 25_000, "Parity": 2_000, "Loop": 300}
+ROWS |= {"ToolCall": 3_000, "Star": 3_000, "RandomWalk": 8_000, "Forbidden": 3_000}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES])
+def test_every_environment_is_played_or_has_a_reason() -> None:
+    assert set(ENVIRONMENTS) - set(ROWS) == {"Addition", "Tree", "Shaped", "RandomTool"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "RandomWalk" else n for n in ROWS])
 def test_training_on_played_rows_reaches_the_same_q(name: str) -> None:
     environment = ENVIRONMENTS[name]
     mdp = environment.builder()
     mdp = mdp if mdp.horizon is None else mdp.unroll()
-    batch = collect(
-        TokenVectorEnv(256, mdp), covering(mdp), {"Addition": 40_000, "Loop": 300, "Needle": 2_500}.get(name, 3_000)
-    )
+    behavior = covering(mdp)
+    if name == "RandomWalk":  # there `covering` alone seldom takes the last step
+        behavior = mixture(behavior, uniform_policy(mdp), 0.5)
+    batch = collect(TokenVectorEnv(256, mdp), behavior, ROWS[name])
     trained = train_on_rows(mdp, "shiq", batch, beta=environment.beta, gamma=environment.gamma)
     assert trained.untried == 0, "too few rows for full support"
     assert trained.metrics.q_error <= 1e-8  # as for the population loss
