@@ -57,20 +57,23 @@ class TokenMDP:
             raise bad("next_state", "an array [S, V] with S >= 1 and V >= 1", f"shape {next_state.shape}")
         S, V = next_state.shape
         reward = real_array("reward", self.reward, (S, V))
-        ref_logits = real_array("ref_logits", self.ref_logits, (S, V)).copy()
+        ref_logits = real_array("ref_logits", self.ref_logits, (S, V))  # a copy of its own
         is_policy = _mask("is_policy", np.ones(S, bool) if self.is_policy is None else self.is_policy, S)
         _check_logits(ref_logits, is_policy)
-        ref_logits[(ref_logits < -700) & ~is_policy[:, None]] = -np.inf  # exp underflows: a reply of probability 0
+        spoken = ref_logits[~is_policy]
+        ref_logits[~is_policy] = np.where(spoken < -700, -np.inf, spoken)  # exp underflows: a reply of probability 0
         allowed = ref_logits > -np.inf
-        _check_edges(next_state, reward, allowed, is_policy)
+        if not allowed.all():  # what is no edge may hold anything
+            next_state[~allowed], reward[~allowed] = -1, 0.0
+        _check_edges(next_state, reward, is_policy)
         start = _index("start", self.start, S)
         if self.horizon is not None and (not is_whole(self.horizon) or self.horizon < 1):
             raise bad("horizon", "a whole number of policy tokens >= 1, or None", repr(self.horizon))
         if not isinstance(self.name, str):
             raise bad("name", "a string", repr(self.name))
         fields = {
-            "next_state": _frozen(np.where(allowed, next_state, -1)),
-            "reward": _frozen(np.where(allowed, reward, 0.0)),
+            "next_state": _frozen(next_state),
+            "reward": _frozen(reward),
             "ref_logits": _frozen(ref_logits),
             "is_policy": _frozen(is_policy),
             "start": start,
@@ -333,10 +336,11 @@ def _first(mask: Bools) -> str:
 
 
 def _check_logits(ref_logits: Floats, is_policy: Bools) -> None:
-    for mask, what in ((np.isnan(ref_logits), "NaN"), (ref_logits == np.inf, "+inf")):
-        if mask.any():
-            raise bad("ref_logits", "finite numbers, or -inf where a token is forbidden", f"{what} at {_first(mask)}")
-    dead = ~(ref_logits > -np.inf).any(1)
+    strange = ~(ref_logits < np.inf)
+    if strange.any():
+        what = "NaN" if np.isnan(ref_logits[strange][0]) else "+inf"
+        raise bad("ref_logits", "finite numbers, or -inf where a token is forbidden", f"{what} at {_first(strange)}")
+    dead = row_max(ref_logits) == -np.inf
     if dead.any():
         owner = "policy" if is_policy[int(np.argmax(dead))] else "environment"
         raise bad("ref_logits", "at least one allowed token in every row", f"none in {owner} state {int(np.argmax(dead))}")
@@ -353,16 +357,16 @@ def _check_logits(ref_logits: Floats, is_policy: Bools) -> None:
         )
 
 
-def _check_edges(next_state: Ints, reward: Floats, allowed: Bools, is_policy: Bools) -> None:
+def _check_edges(next_state: Ints, reward: Floats, is_policy: Bools) -> None:
+    """Of edges alone: whatever is none holds -1 and 0 already."""
     S = len(next_state)
-    outside = allowed & ((next_state < -1) | (next_state >= S))
-    if outside.any():
-        value = next_state[np.unravel_index(int(np.argmax(outside)), outside.shape)]
-        raise bad("next_state", f"a state from 0 to {S - 1}, or -1 for the end", f"{value} at {_first(outside)}")
-    broken = allowed & ~np.isfinite(reward)
+    if next_state.min() < -1 or next_state.max() >= S:
+        outside = (next_state < -1) | (next_state >= S)
+        raise bad("next_state", f"a state from 0 to {S - 1}, or -1 for the end", f"{next_state[outside][0]} at {_first(outside)}")
+    broken = ~np.isfinite(reward)
     if broken.any():
-        value = reward[np.unravel_index(int(np.argmax(broken)), broken.shape)]
+        value = reward[broken][0]
         raise bad("reward", "finite numbers", f"{value} at {_first(broken)}", "Forbid a token with ref_logits = -inf.")
-    paid = allowed & (reward != 0) & ~is_policy[:, None]
-    if paid.any():
+    if reward[~is_policy].any():
+        paid = (reward != 0) & ~is_policy[:, None]
         raise bad("reward", "0 in environment states", f"a reward at {_first(paid)}", "Pay it on the policy token before.")
