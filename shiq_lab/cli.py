@@ -19,7 +19,7 @@ from rich.table import Table
 
 from shiq_lab import envs
 from shiq_lab.bellman import Solution, solve
-from shiq_lab.errors import bad
+from shiq_lab.errors import at_least, bad
 from shiq_lab.losses import methods
 from shiq_lab.mdp import TokenMDP
 
@@ -291,20 +291,29 @@ def train_table(
     behavior: Annotated[str, typer.Option(help="covering, uniform, reference, mixed or on-path.")] = "covering",
     rows: Annotated[int, typer.Option(help="Rows to sample or episodes to play.")] = 20_000,
     seed: Annotated[int, typer.Option(help="Of the sampled rows.")] = 0,
+    sgd: Annotated[float | None, typer.Option(metavar="STEP", help="Constant-step SGD of this step size, on rows.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of SGD.")] = 4000,
+    batch_size: Annotated[int, typer.Option(help="Rows a step of SGD.")] = 32,
     beta: Beta = None, gamma: Gamma = None, set_: Sets = None, json_: Json = False,
 ) -> None:  # fmt: skip
     """Train a table of logits from the reference, and measure it against the exact optimum."""
     from shiq_lab import data as sources
-    from shiq_lab.training import stationary, train, train_on_rows
+    from shiq_lab.training import minibatches, stationary, train, train_on_rows, train_sampled
 
     mdp, beta, gamma = load(env, set_, beta, gamma)
     flat = stationary(mdp)
     policy = sources.behavior(flat, behavior, beta, gamma)
+    if data == "population" and sgd is not None:
+        raise bad("--sgd", "rows to step on: --data listed, sampled or gym", "--data population")
     if data == "population":
         trained = train(flat, loss, beta=beta, gamma=gamma, behavior=policy)
     else:
         batch = sources.rows(flat, data, policy, rows, seed)
-        trained = train_on_rows(flat, loss, batch, beta=beta, gamma=gamma)
+        if sgd is None:
+            trained = train_on_rows(flat, loss, batch, beta=beta, gamma=gamma)
+        else:
+            pick = minibatches(batch, at_least("--batch-size", batch_size, 1), rng=seed)
+            trained = train_sampled(flat, loss, pick, beta=beta, gamma=gamma, learning_rate=sgd, steps=steps)
     m = trained.metrics
     if json_:
         return _json({"environment": mdp.name, "loss_name": loss, "data": data, "behavior": behavior} | trained.to_json())

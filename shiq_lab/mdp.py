@@ -362,7 +362,9 @@ def _check_edges(next_state: Ints, reward: Floats, is_policy: Bools) -> None:
     S = len(next_state)
     if next_state.min() < -1 or next_state.max() >= S:
         outside = (next_state < -1) | (next_state >= S)
-        raise bad("next_state", f"a state from 0 to {S - 1}, or -1 for the end", f"{next_state[outside][0]} at {_first(outside)}")
+        raise bad(
+            "next_state", f"a state from 0 to {S - 1}, or -1 for the end", f"{next_state[outside][0]} at {_first(outside)}"
+        )
     broken = ~np.isfinite(reward)
     if broken.any():
         value = reward[broken][0]

@@ -19,14 +19,12 @@ class Method:
     step     what its logits mean (losses/steps.py): gives the read-out of q and v
     n_steps  tokens before it bootstraps, None = to the end of the row
     form     "square": a sum of squares in every part of rho; "first": of rho_0 alone; "semi", "turns": the forms of F11
-    exact    True where its zero in a deterministic world is q* in every state
     """
 
     loss: Callable[..., Tensor]
     step: shiq.Step
     n_steps: int | None = None
     form: Literal["square", "first", "semi", "turns"] = "square"
-    exact: bool = True
 
 
 METHODS: dict[str, Method] = {
@@ -34,7 +32,7 @@ METHODS: dict[str, Method] = {
     "easy": Method(shiq.easy_sampling_loss, steps.easy, n_steps=1),
     "shifted": Method(shiq.shifted_loss, steps.shifted, n_steps=1),
     "shiq": Method(shiq.shiq_loss, steps.shifted),
-    "sequence": Method(shiq.sequence_loss, steps.shifted, form="first", exact=False),
+    "sequence": Method(shiq.sequence_loss, steps.shifted, form="first"),
     "semi-gradient": Method(shiq.semi_gradient_loss, steps.shifted, form="semi"),
     "turn-cut": Method(shiq.turn_cut_loss, steps.shifted, form="turns"),
 }
