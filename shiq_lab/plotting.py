@@ -51,6 +51,7 @@ def selftest_figure(report: "Report") -> "Figure":
         xscale="log", xlim=(1e-17, 30), ylim=(len(names) - 0.45, -0.55), xlabel="max |q̂ − q*| over reachable states and tokens"
     )
     axes.set_yticks(range(len(names)), names)
+    axes.hlines([i + 0.5 for i in range(len(names) - 1)], 1e-17, 30, color="#eeeeee", lw=0.6, zorder=0)
     axes.grid(axis="x", color="#dddddd", lw=0.6)
     axes.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):

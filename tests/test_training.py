@@ -1,12 +1,14 @@
 """Training against the truth: exactly on the population loss, on rows, and by constant-step SGD."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from shiq_lab import TabularLM, enumerate_trajectories, make, solve
+from shiq_lab.batch import cut
 from shiq_lab.envs import ENVIRONMENTS
 from shiq_lab.losses.methods import METHODS, Method
 from shiq_lab.losses.shiq import shiq_loss
@@ -91,11 +93,22 @@ def test_a_token_that_the_behavior_never_takes_is_missed() -> None:
 
 
 def test_a_horizon_on_a_loop_has_no_stationary_table() -> None:
-    """The optimum depends on t (F8): the unrolled table is exact, and no single [S, V] table solves every layer."""
-    mdp = make("RandomWalk")
-    truth = solve(mdp, beta=1.0)
-    layers = np.stack([np.where(mdp.allowed, truth.q(t), 0.0) for t in range(mdp.horizon or 0)])
-    assert np.ptp(layers, axis=0).max() > 1.0
+    """The optimum depends on t (F8): one [S, V] table for all of it leaves a loss, while the unrolled table is exact."""
+    mdp = make("RandomWalk", horizon=4)
+    rows = sample(mdp, uniform_policy(mdp), 1000, rng=0)  # whose states do not say how much is left
+    stuck = train_on_rows(replace(mdp, horizon=None), "shiq", rows, beta=1.0)
+    assert stuck.loss[-1] > 1e-2
+    flat = mdp.unroll()
+    assert train_on_rows(mdp, "shiq", sample(flat, uniform_policy(flat), 1000, rng=0), beta=1.0).loss[-1] < 1e-20
+
+
+def test_rows_that_are_all_cut_after_two_actions_leave_states_unidentified() -> None:
+    """F8: their bootstrap states are never acted in; the loss is 0 and q* is missed, by the size of what lies behind."""
+    mdp = make("Tree", depth=4)
+    rows = cut(enumerate_trajectories(mdp), 3)  # the prompt and two actions
+    assert (rows.completion_mask.sum(1) == 2).all() and not rows.terminated.any()
+    trained = train_on_rows(mdp, "shiq", rows, beta=0.5, gamma=0.9)
+    assert trained.loss[-1] < 1e-20 and trained.metrics.q_error > 0.1 and trained.untried > 200
 
 
 # --------------------------------------------------------------------------------------------------- random worlds
