@@ -272,7 +272,7 @@ def f7(case: Case) -> Iterator[Finding]:
     """Potential-based shaping leaves pi* alone and lowers v* by Phi; under a horizon a stationary Phi moves pi*."""
     mdp, gamma = case.mdp, case.gamma
     free = np.where(mdp.is_policy, np.random.default_rng(case.seed + 5).normal(size=mdp.n_states), 0.0)
-    potential = case.population._lift.solve(free)  # averaged over replies in environment states
+    potential = case.population.lift.solve(free)  # averaged over replies in environment states
     twin = solve(shaped_twin(mdp, potential, gamma), beta=case.beta, gamma=gamma)
     yield Finding("F7", "v* falls by Phi", _worst(twin.v() + potential - case.solution.v()), case.rounding)
     same = np.exp(twin.log_policy()) - np.exp(case.solution.log_policy())

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from shiq_lab.bellman import environment_average
 from shiq_lab.errors import at_least, bad, check_beta, check_gamma
-from shiq_lab.graph import Floats, Recursion
+from shiq_lab.graph import Bools, Floats, Recursion
 from shiq_lab.losses import steps
 from shiq_lab.losses.shiq import Step
 from shiq_lab.mdp import TokenMDP
@@ -138,24 +138,21 @@ class Population:
         """The loss as weighted squares [(weight, residual)]: what a Gauss-Newton step needs."""
         if n_steps is not None:
             return self._few_steps(logits, step, n_steps)
+        turns = turn_targets is not None
         mu, policy, follow, reward = self._edges
         c, u = self.pieces(logits, step)
         g = torch.where(policy[:, None], reward - c + u[:, None], 0.0)
-        inner = self.chance * self.discount
         if turn_targets is not None:
-            mean_target = _Solve.apply(torch.where(policy, turn_targets, 0.0), self._lift, False)
-            inner = np.where(self._answers, 0.0, inner)
+            mean_target = _Solve.apply(torch.where(policy, turn_targets, 0.0), self.lift, False)
             after = torch.nn.functional.pad(mean_target, (0, 1))[follow]
-            g = torch.where(self.tensor(self._answers), g + self.gamma * after, g)
-        recursion = self._recursion(turn_targets is not None, inner)
-        M = _Solve.apply((mu * g).sum(1), recursion, False)  # (S)
-        start = self.first if first_only else self.arrivals * self.mdp.is_policy
-        w = self._spread(turn_targets is not None, first_only, inner)
-        onward = self.tensor(np.where(self.chance > 0, inner / np.where(self.chance > 0, self.chance, 1.0), 0.0))
+            g = torch.where(self.tensor(self.answers), g + self.gamma * after, g)
+        M = _Solve.apply((mu * g).sum(1), self._recursion(turns), False)  # (S)
+        spread = self.tensor(self.spread(first_only, turns))[:, None] * mu
+        onward = self.tensor(np.where(self.answers & turns, 0.0, self.discount))
         jump = g + onward * torch.nn.functional.pad(M, (0, 1))[follow] - M[:, None]
-        parts = [(self.tensor(start), u - M), (w[:, None] * mu, jump)]
+        parts = [(self.tensor(self.starts(first_only)), u - M), (spread, jump)]
         if turn_targets is not None:
-            answered = torch.where(self.tensor(self._answers), w[:, None] * mu, 0.0)
+            answered = torch.where(self.tensor(self.answers), spread, 0.0)
             parts.append(self._replies(answered, mean_target)[0])
         return parts
 
@@ -165,37 +162,48 @@ class Population:
         mu, policy, follow, _ = self._edges
         landing = self.gamma**2 * torch.where(policy[:, None], acted, 0.0)
         arrived = torch.zeros(len(policy) + 1, dtype=acted.dtype).index_add(0, follow.reshape(-1), landing.reshape(-1))
-        reached = _Solve.apply(arrived[:-1], self._lift, True)
+        reached = _Solve.apply(arrived[:-1], self.lift, True)
         after = torch.nn.functional.pad(lifted, (0, 1))[follow]
         return (reached[:, None] * mu, torch.where(policy[:, None], 0.0, after - lifted[:, None])), reached
 
     @cached_property
-    def _lift(self) -> Recursion:
+    def lift(self) -> Recursion:
+        """Averages values of policy states over the replies that lead to them, into environment states."""
         return environment_average(self.mdp)
 
     @cached_property
-    def _answers(self) -> Any:
+    def answers(self) -> Bools:
         """bool[S, V]: policy tokens after which the environment speaks."""
         speaks = np.append(~self.mdp.is_policy, False)
         return speaks[self.mdp.next_state] & self.mdp.is_policy[:, None] & self.mdp.allowed
 
+    def starts(self, first_only: bool) -> Floats:
+        """How often a residual starts in a state, float[S]: at every action, or at a row's first alone."""
+        return self.first if first_only else self.arrivals * self.mdp.is_policy
+
     @cached_property
-    def _cache(self) -> dict[Any, Any]:
+    def _cache(self) -> dict[tuple[str, bool, bool], Any]:
         return {}
 
-    def _recursion(self, turns: bool, inner: Floats) -> Recursion:
-        if ("recursion", turns) not in self._cache:
-            self._cache["recursion", turns] = Recursion(self.mdp.next_state, inner)
-        return self._cache["recursion", turns]
+    def _weights(self, turns: bool, power: int) -> Floats:
+        """mu times gamma^power a policy token, float[S, V]; 0 where a turn ends, if turns are cut."""
+        return np.where(self.answers & turns, 0.0, self.chance * self.discount**power)
 
-    def _spread(self, turns: bool, first_only: bool, inner: Floats) -> Tensor:
-        """w: how often, discounted by gamma^2 a step, the variance made in a state enters the loss."""
-        key = ("spread", turns, first_only)
+    def _recursion(self, turns: bool) -> Recursion:
+        key = ("recursion", turns, False)
         if key not in self._cache:
-            start = self.first if first_only else self.arrivals * self.mdp.is_policy
-            weights = inner * np.where(self.mdp.is_policy, self.gamma, 1.0)[:, None]
-            self._cache[key] = self.tensor(Recursion(self.mdp.next_state, weights).solve_transpose(start))
-        return self._cache[key]
+            self._cache[key] = Recursion(self.mdp.next_state, self._weights(turns, 1))
+        found: Recursion = self._cache[key]
+        return found
+
+    def spread(self, first_only: bool = False, turns: bool = False) -> Floats:
+        """w float[S]: how often, discounted by gamma^2 a token, the variance made in a state enters the loss."""
+        key = ("spread", first_only, turns)
+        if key not in self._cache:
+            recursion = Recursion(self.mdp.next_state, self._weights(turns, 2))
+            self._cache[key] = recursion.solve_transpose(self.starts(first_only))
+        found: Floats = self._cache[key]
+        return found
 
     def _few_steps(self, logits: Tensor, step: Step, n_steps: int) -> list[tuple[Tensor, Tensor]]:
         """n-step: M^(0) = u, and n times M^(k) = E[g + gamma M^(k-1)(s')] with the environment averaged over in between."""
@@ -204,12 +212,12 @@ class Population:
         g = torch.where(policy[:, None], reward - c + u[:, None], 0.0)
         mean, parts = u, []
         for _ in range(n_steps):
-            lifted = _Solve.apply(torch.where(policy, mean, 0.0), self._lift, False)
+            lifted = _Solve.apply(torch.where(policy, mean, 0.0), self.lift, False)
             after = torch.nn.functional.pad(lifted, (0, 1))[follow]
             mean = torch.where(policy, (mu * (g + self.gamma * after)).sum(1), 0.0)
             parts.append((lifted, after, mean))
-        out = [(self.tensor(self.arrivals * self.mdp.is_policy), u - mean)]
-        weight = self.tensor(self.arrivals * self.mdp.is_policy)
+        out = [(self.tensor(self.starts(False)), u - mean)]
+        weight = self.tensor(self.starts(False))
         for lifted, after, mean in reversed(parts):  # the first of n tokens is the outermost mean
             jump = torch.where(policy[:, None], g + self.gamma * after - mean[:, None], 0.0)
             out.append((weight[:, None] * mu, jump))
@@ -223,6 +231,6 @@ class Population:
         mu, policy, follow, reward = self._edges
         c, u = self.pieces(logits)
         g = torch.where(policy[:, None], reward - c + u[:, None], 0.0)
-        M = _Solve.apply((mu * g).sum(1), self._recursion(False, self.chance * self.discount), False)
+        M = _Solve.apply((mu * g).sum(1), self._recursion(False), False)
         rho = c - reward - self.gamma * torch.nn.functional.pad(M, (0, 1))[follow]
         return torch.where(policy[:, None] & (mu > 0), rho, 0.0)

@@ -142,7 +142,7 @@ def _unshifted_start(case: Case) -> list[Finding]:
     method = METHODS["easy"]
     seen = float(population.loss(case.ref, step=method.step, n_steps=1))
     level = np.where(mdp.is_policy, case.beta * mdp.ref_logsumexp, 0.0)
-    lift = population._lift
+    lift = population.lift
     mean, square = (np.append(lift.solve(x), 0.0)[mdp.next_state] for x in (level, level**2))
     error = level[:, None] ** 2 - 2 * case.gamma * level[:, None] * mean + case.gamma**2 * square
     weight = np.where(mdp.is_policy, population.arrivals, 0.0)[:, None] * population.chance

@@ -155,9 +155,7 @@ def scaling(population: Population, method: Method) -> Tensor:
     Even over the tokens of a state for the sequence loss, whose gradient then conserves each inner row's sum (F5).
     """
     first = method.form == "first"
-    start = population.first if first else population.arrivals * population.mdp.is_policy
-    inner = population.chance * population.discount
-    weight = population._spread(False, first, inner).numpy() if method.n_steps is None else start
+    weight = population.spread(first) if method.n_steps is None else population.starts(first)
     use = population.mdp.is_policy[:, None] & (population.chance > 0) & (weight > 0)[:, None]
     share = weight[:, None] * (1.0 if first else population.chance)
     return torch.tensor(np.where(use, 1 / np.where(use, share, 1.0), 0.0))

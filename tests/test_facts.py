@@ -135,7 +135,7 @@ def test_facts_are_measured_on_enough_environments() -> None:
 # Originals, kept before anything is patched.
 RESIDUALS, ACTIONS, SUM = shiq.residuals, shiq.actions_of, residuals_module.discounted_sum
 SOFT_MAX, SHAPED, OPTIMAL = bellman.soft_max, facts.shaped_twin, Solution.optimal_logits
-PIECES, SQUARES, SPREAD, FROM_TABLE = Population.pieces, Population.squares, Population._spread, TokenStats.from_table
+PIECES, SQUARES, WEIGHTS, FROM_TABLE = Population.pieces, Population.squares, Population._weights, TokenStats.from_table
 
 
 def no_level(logit: Tensor, level: Tensor, ref_logit: Tensor, ref_level: Tensor, joint: Tensor, beta: float) -> Any:
@@ -186,10 +186,9 @@ def without_variance(self: Population, *args: Any, **rest: Any) -> Any:
     return SQUARES(self, *args, **rest)[:1]
 
 
-def spread_once(self: Population, turns: bool, first_only: bool, inner: Any) -> Tensor:
+def weigh_once(self: Population, turns: bool, power: int) -> Any:
     """Variance discounted by gamma a step, not by gamma^2."""
-    scale = np.where(self.mdp.is_policy, self.gamma, 1.0)[:, None]
-    return SPREAD(self, turns, first_only, inner / scale)
+    return WEIGHTS(self, turns, 1)
 
 
 def attached(patch: Patch) -> None:
@@ -262,7 +261,7 @@ BUGS: list[tuple[str, str, str, Callable[[Patch], None]]] = [
     ("F8", "semi-gradient in the Jacobian", "Jacobian", set_to(Population, "pieces", stopped_value)),
     ("F8", "temperature inside the log-sum-exp", "Jacobian", set_to(Population, "pieces", warm_value)),
     ("F9", "variance forgotten", "expected gradient", set_to(Population, "squares", without_variance)),
-    ("F9", "variance discounted once", "shiq: expected gradient", set_to(Population, "_spread", spread_once)),
+    ("F9", "variance discounted once", "shiq: expected gradient", set_to(Population, "_weights", weigh_once)),
     ("F9", "environment tokens discounted", "expected gradient", set_to(shiq, "residuals", discounts_replies)),
     ("F10", "beta inside the log-sum-exp", "", set_to(TokenStats, "from_table", classmethod(beta_inside))),
     ("F10", "bootstrap dropped on cut rows", "cut rows", set_to(shiq, "residuals", no_bootstrap)),
@@ -272,7 +271,7 @@ BUGS: list[tuple[str, str, str, Callable[[Patch], None]]] = [
     ("F11", "no stop-gradient at all", "turn-cut: expected", attached),
     ("F11", "turns not cut", "turn-cut: expected", turns_are_full),
     ("F12", "variance forgotten", "shiq", set_to(Population, "squares", without_variance)),
-    ("F12", "variance discounted once", "shiq", set_to(Population, "_spread", spread_once)),
+    ("F12", "variance discounted once", "shiq", set_to(Population, "_weights", weigh_once)),
     ("F12", "gamma one power late", "shiq", set_to(residuals_module, "discounted_sum", gamma_late)),
     ("F12", "beta inside the log-sum-exp", "shifted", set_to(TokenStats, "from_table", classmethod(beta_inside))),
 ]
