@@ -107,9 +107,11 @@ def covering(mdp: TokenMDP) -> Floats:
     lead to s'. On a full tree this visits the leaves evenly; on a needle it stays on the path with probability near 2/3.
     """
     beyond = np.append(_descendants(mdp).sum(1), 1).astype(np.float64)
-    follow = np.where(mdp.allowed, mdp.next_state, -2)
-    twins = (follow[:, :, None] == follow[:, None, :]).sum(2)
-    chance = np.where(mdp.allowed, beyond[mdp.next_state] / twins, 0.0)
+    state, token = np.nonzero(mdp.allowed)
+    follow = mdp.next_state[state, token]
+    _, pair, twins = np.unique(state * (mdp.n_states + 1) + follow, return_inverse=True, return_counts=True)
+    chance = np.zeros(mdp.next_state.shape)
+    chance[state, token] = beyond[follow] / twins[pair]
     chance /= chance.sum(1, keepdims=True)
     with np.errstate(divide="ignore"):
         return np.where(mdp.is_policy[:, None], np.log(chance), mdp.ref_log_policy)
