@@ -61,7 +61,7 @@ def load(which: str, settings: list[str] | None, beta: float | None, gamma: floa
             mdp = TokenMDP.load(which)
         except FileNotFoundError:
             raise bad("ENV", "an existing .npz file", repr(which)) from None
-        return mdp, beta or 1.0, gamma or 1.0
+        return mdp, 1.0 if beta is None else beta, 1.0 if gamma is None else gamma
     if ":" in which:
         return _build(_builder(which), parameters), 1.0 if beta is None else beta, 1.0 if gamma is None else gamma
     environment = envs.lookup(which)

@@ -1,6 +1,7 @@
 """Random batches in the contract's layout, with garbage wherever nothing is to be read; random automata; how to run both."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -335,7 +336,7 @@ def automaton(
     return mdp
 
 
-def automata(
+def decoder(
     *,
     deterministic: bool | None = None,
     loops: bool | None = None,
@@ -343,10 +344,10 @@ def automata(
     listable: bool = False,
     prompted: bool = False,
     gammas: tuple[float, ...] = (1.0, 0.9, 0.5),
-) -> st.SearchStrategy[World]:
-    """Random worlds with a finite v*; None = both. Nothing is filtered.
+) -> Callable[[int], World]:
+    """A function from a whole number to a random world with a finite v*; None = both. Nothing is filtered.
 
-    One integer is drawn; its digits are the structure, what is left of it is the seed of the numbers. (Drawn one by one, 43
+    The digits of the number are the structure, what is left of it is the seed of the numbers. (Drawn one by one, 43
     of 100 automata had two states: few examples repeat each other's parts.)
     listable: at most 4096 strings, hence no loops without a horizon. prompted: the environment speaks first.
     """
@@ -372,7 +373,12 @@ def automata(
         horizon = steps if limited else None
         return World(automaton(code, S=S, V=V, replies=replies, loops=loopy, horizon=horizon, **options), beta, gamma, code)
 
-    return st.integers(0, 2**48 - 1).map(decode)
+    return decode
+
+
+def automata(**options: Any) -> st.SearchStrategy[World]:
+    """Random worlds; the options of `decoder`."""
+    return st.integers(0, 2**48 - 1).map(decoder(**options))
 
 
 Seen = dict[str, tuple[float, float]]

@@ -12,7 +12,7 @@ from reference import Word, best_cut, words
 from strategies import JUNK_IDS, Case, cases, random_world
 
 from shiq_lab import TokenBatch, TokenMDP, enumerate_trajectories, make, solve
-from shiq_lab.batch import concatenate, cut, pack, pad
+from shiq_lab.batch import concatenate, cut, pack, pad, unique
 from shiq_lab.enumeration import count_trajectories
 from shiq_lab.envs import ENVIRONMENTS
 from shiq_lab.losses.residuals import actions_of, residuals
@@ -403,3 +403,95 @@ def test_wrong_parameters_of_behaviours_are_named() -> None:
     for leave in (0.0, 1.0):
         with pytest.raises(ValueError, match=r"^leave: "):
             on_path(mdp, uniform_policy(mdp), leave)
+
+
+def test_unique_rows_carry_the_weight_of_all_their_copies() -> None:
+    """Rows are one where all that a loss reads is one: tokens, actions, their rewards, states, the end, the group."""
+    batch = sample(make("RandomTool"), uniform_policy(make("RandomTool")), 400, rng=0)
+    batch = replace(batch, weights=torch.arange(1.0, 401.0, dtype=torch.float64))
+    expected: dict[Any, float] = {}
+    for row, weight in zip(rows_of(batch), batch.weights.tolist(), strict=True):
+        expected[row] = expected.get(row, 0.0) + weight
+    few_rows = unique(batch)
+    assert len(few_rows) == len(expected) < 400
+    assert dict(zip(rows_of(few_rows), few_rows.weights.tolist(), strict=True)) == expected
+
+
+ONE = {
+    "input_ids": torch.tensor([[9, 5, 6, 7]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 1]]),
+    "completion_mask": torch.tensor([[0, 1, 0, 1]]),
+    "rewards": torch.tensor([[0.0, 1.0, 0.0, 2.0]]),
+    "terminated": torch.tensor([False]),
+    "group_ids": torch.tensor([0]),
+    "states": torch.tensor([[0, 1, 2, 3]]),
+}
+CHANGES = {
+    "input_ids": torch.tensor([[9, 5, 6, 8]]),
+    "completion_mask": torch.tensor([[0, 1, 1, 1]]),
+    "rewards": torch.tensor([[0.0, 1.0, 0.0, 3.0]]),
+    "terminated": torch.tensor([True]),
+    "group_ids": torch.tensor([1]),
+    "states": torch.tensor([[0, 1, 2, 4]]),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_rows_that_differ_at_all_stay_apart(name: str) -> None:
+    assert len(unique(concatenate([TokenBatch(**ONE), TokenBatch(**ONE)]))) == 1
+    assert len(unique(concatenate([TokenBatch(**ONE), TokenBatch(**ONE | {name: CHANGES[name]})]))) == 2
+
+
+def test_rewards_that_no_action_earns_keep_nothing_apart() -> None:
+    idle = ONE | {"rewards": torch.tensor([[7.0, 1.0, 7.0, 2.0]])}
+    assert len(unique(concatenate([TokenBatch(**ONE), TokenBatch(**idle)]))) == 1
+
+
+def test_rows_that_fill_the_width_exactly_are_packed_together() -> None:
+    one = TokenBatch(**ONE)
+    packed = pack(concatenate([one, one, one]), 8)
+    assert packed.segment_ids is not None
+    assert packed.segment_ids.tolist() == [[1, 1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 0, 0, 0, 0]]
+
+
+def test_infinite_rewards_are_named() -> None:
+    with pytest.raises(ValueError, match="rewards: expected finite numbers, got inf at row 0, position 3"):
+        TokenBatch(**ONE | {"rewards": torch.tensor([[torch.inf, 1.0, 0.0, torch.inf]])})
+
+
+def test_a_mixture_takes_its_weight_of_the_second() -> None:
+    first, second = np.log([[0.9, 0.1]]), np.log([[0.2, 0.8]])
+    np.testing.assert_allclose(np.exp(mixture(first, second, 0.25)), [[0.725, 0.275]], atol=1e-15)
+
+
+def test_the_limit_of_a_listing_is_the_number_of_strings() -> None:
+    mdp = small_dialogue("ToolCall")
+    n = count_trajectories(mdp)
+    assert n is not None and len(enumerate_trajectories(mdp, n)) == n
+    with pytest.raises(ValueError, match=f"max_trajectories: expected at least the number of strings, {n}, got {n - 1}"):
+        enumerate_trajectories(mdp, n - 1)
+
+
+def test_a_loop_out_of_reach_can_be_listed_all_the_same() -> None:
+    mdp = TokenMDP(np.array([[-1, -1], [1, -1]]), np.zeros((2, 2)), np.zeros((2, 2))).with_prompt(0)
+    assert count_trajectories(mdp) == 2 == len(enumerate_trajectories(mdp))
+    assert longest_episode(mdp) == 2
+
+
+def test_covering_counts_what_lies_beyond_a_loop() -> None:
+    """0 <-> 1, and 1 alone leads on to 2: behind 0 and 1 lie the same three states, and the end counts 1."""
+    next_state = np.array([[1, -1], [0, 2], [-1, -1]])
+    chance = np.exp(covering(TokenMDP(next_state, np.zeros((3, 2)), np.zeros((3, 2)))))
+    np.testing.assert_allclose(chance, [[3 / 4, 1 / 4], [3 / 4, 1 / 4], [1 / 2, 1 / 2]], atol=1e-15)
+
+
+def test_the_lowest_draw_never_selects_a_forbidden_token() -> None:
+    """random() may be 0.0 itself; the first token, of probability 0, is not the one that it selects."""
+
+    class Lowest(np.random.Generator):
+        def random(self, size: Any = None, *args: Any, **kwargs: Any) -> Any:
+            return np.zeros(size)
+
+    mdp = TokenMDP(np.array([[-1, -1]]), np.zeros((1, 2)), np.array([[-np.inf, 0.0]])).with_prompt(1)
+    batch = sample(mdp, mdp.ref_log_policy, 3, rng=Lowest(np.random.PCG64(0)))
+    assert (batch.input_ids == 1).all()

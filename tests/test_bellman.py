@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from reference import words
-from strategies import EPS, World, automata, automaton, holds_for, near, radius
+from strategies import EPS, World, automata, automaton, decoder, holds_for, near, radius
 
 from shiq_lab import TokenMDP, enumerate_trajectories, evaluate, solve
 from shiq_lab.bellman import Solution
@@ -174,6 +174,14 @@ def test_linear_system_on_loops(world: World) -> set[str]:
     iterated = plain_iteration(world.mdp, world.beta, 1.0)
     near("plain iteration on loops", abs(iterated[world.mdp.start] - solution.objective) / solution.scale, ROADS)
     return world.strata
+
+
+@pytest.mark.parametrize("code", [158392, 45176610751473])
+def test_linear_system_where_small_entries_drown(code: int) -> None:
+    """Two automata whose small z a single dense solve misses by 1 to 10 % of the scale of v*."""
+    world = decoder(prompted=True, loops=True, horizons=False, deterministic=True, gammas=(1.0,))(code)
+    solution = solved(world)
+    assert abs(linear_value(world.mdp, world.beta) - solution.objective) / solution.scale < ROADS
 
 
 # ------------------------------------------------------------------------------------------------- listing any policy
@@ -668,3 +676,68 @@ def test_a_silent_tool_changes_nothing(world: World) -> None:
     )
     solution, moved = solved(world), solve(split, beta=world.beta, gamma=world.gamma)
     assert_same("split edge", world, moved.values[:, :-1], solution.values, solution)
+
+
+# -------------------------------------------------------------------------------------------------------- second roads
+def test_the_linear_system_where_z_spans_hundreds_of_decades() -> None:
+    """A chain of loops whose every step costs 20 beta: z = exp(v / beta) falls by nine decades a state."""
+    n = 30
+    next_state = np.array([[min(s + 1, n - 1), max(s - 1, 0), -1] for s in range(n)])
+    reward = np.tile([-20.0, -21.0, -600.0], (n, 1))
+    reward[-1] = [-20.0, -21.0, 0.0]
+    mdp = TokenMDP(next_state, reward, np.zeros((n, 3)))
+    solution = solve(mdp, beta=1.0)
+    assert solution.v().max() - solution.v().min() > 500
+    assert abs(linear_value(mdp, 1.0) - solution.objective) <= ROADS * solution.scale
+
+
+def test_no_linear_system_where_z_overflows() -> None:
+    mdp = TokenMDP(np.array([[-1, -1]]), np.array([[1.0, 0.0]]), np.zeros((1, 2))).with_prompt(0)
+    gaps = dict(second_roads(solve(mdp, beta=1e-3)))
+    assert (
+        "linear system" not in gaps
+        and max(gaps.values()) <= ROADS
+        and "linear system" in dict(second_roads(solve(mdp, beta=0.1)))
+    )
+
+
+def test_roads_differ_by_a_size_whatever_the_sign() -> None:
+    solution = solve(TokenMDP(np.array([[-1, -1]]), np.array([[1.0, 0.0]]), np.zeros((1, 2))).with_prompt(0), beta=1.0)
+    for off in (-0.5, 0.5):
+        values = solution.values.copy()
+        values[0, solution.mdp.start] += off
+        wrong = replace(solution, values=values)
+        gaps = dict(second_roads(wrong))
+        assert len(gaps) == 4 and min(gaps.values()) > 0.1
+
+
+def test_an_error_bound_without_environment_states() -> None:
+    """w = 0: the bound is the residual's own and not 0, as rounding is always in it."""
+    mdp = TokenMDP(np.array([[0, -1]]), np.array([[0.3, 0.1]]), np.zeros((1, 2)))
+    bound = solve(mdp, beta=0.7, gamma=0.9).error_bound
+    assert EPS < bound < 1e-12
+    assert solve(mdp.with_prompt(0), beta=0.7, gamma=0.9).error_bound == pytest.approx(2 * bound, rel=1e-12, abs=0.0)
+
+
+def test_the_scale_looks_at_every_layer() -> None:
+    """To and fro, +5 and -5: over two tokens q is 0, with one left it is 5."""
+    mdp = TokenMDP(np.array([[1], [0]]), np.array([[5.0], [-5.0]]), np.zeros((2, 1)), horizon=2)
+    solution = solve(mdp, beta=1.0)
+    np.testing.assert_allclose(solution.q(0), 0.0, atol=1e-14)
+    assert solution.scale == pytest.approx(6.0)
+
+
+def test_a_loop_left_by_forbidden_tokens_alone() -> None:
+    """gamma = 1: a forbidden token counts as the end, so an episode goes round once on average and is worth -inf."""
+    mdp = TokenMDP(np.array([[0, -1, -1]]), np.array([[1.0, 0.0, 0.0]]), np.array([[-2.0, 0.0, -np.inf]]))
+    half = np.log(0.5)
+    seen = evaluate(mdp, np.array([[half, -np.inf, half]]), beta=1.0)
+    assert seen.expected_return == pytest.approx(1.0) and seen.kl_to_ref == np.inf and seen.objective == -np.inf
+
+
+def test_the_bound_under_a_horizon_grows_with_it() -> None:
+    """No rewards: every value is 0, so only the number of layers is left in the bound."""
+    logits = np.log([[0.5, 0.5], [0.25, 0.75]])
+    mdp = TokenMDP(np.array([[1, 1], [1, 0]]), np.zeros((2, 2)), logits, np.array([True, False]))
+    four, eight = (solve(replace(mdp, horizon=h), beta=1.0).error_bound for h in (4, 8))
+    assert 0 < 2 * four == pytest.approx(eight, rel=1e-12, abs=0.0)

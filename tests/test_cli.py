@@ -1,19 +1,28 @@
 """The command line as a stranger meets it: outputs, JSON, exit codes, messages, files."""
 
+import heapq
 import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 import shiq_lab
-from shiq_lab import cli
+from shiq_lab import cli, data, envs, plotting, selftest, strings
 from shiq_lab.envs import ENVIRONMENTS
+from shiq_lab.facts import FACTS, Case, Finding
+from shiq_lab.losses.methods import METHODS
+from shiq_lab.policies import reference_policy, uniform_policy
+from shiq_lab.selftest import Report, Trained
+from shiq_lab.training import Metrics, stationary
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -217,3 +226,206 @@ def test_the_readme_is_true() -> None:
     for command in re.findall(r"shiq-lab ([a-z-]+)", text):
         assert command in {c.name or getattr(c.callback, "__name__", "") for c in cli.app.registered_commands}, command
     assert "demo:" in (ROOT / "Makefile").read_text() and "test-slow:" in (ROOT / "Makefile").read_text()
+
+
+# ------------------------------------------------------------------------------------- what a report says and hides not
+METRICS = Metrics(q_error=1e-14, v_error=1e-3, kl=0.0, objective=1.0, optimum=1.0, gap=0.0)
+
+
+def line_of(environment: str = "Bandit", method: str = "shiq", ok: bool = True, **numbers: float) -> Trained:
+    return Trained(environment, 1, 9, method, "covering", replace(METRICS, **numbers), selftest.EXACT, ok)
+
+
+def report_of(**parts: Any) -> Report:
+    """A report in which everything holds, but for the parts that are given."""
+    good = [("Bandit", Finding("F1", "fine", 0.0, 1.0))]
+    whole: dict[str, Any] = {"roads": [("Bandit", "a road", 1e-14)], "findings": good, "trained": [line_of()], "expected": good}
+    return Report(**whole | parts)
+
+
+WRONG = {
+    "a road that differs": {"roads": [("Bandit", "a road", 1e-9)]},
+    "a road that is NaN": {"roads": [("Bandit", "a road", float("nan"))]},
+    "a fact": {"findings": [("Bandit", Finding("F2", "broken", 2.0, 1.0))]},
+    "a fact that is NaN": {"findings": [("Bandit", Finding("F2", "broken", float("nan"), 1.0))]},
+    "a failure that does not come": {"expected": [("Bandit", Finding("train", "missed", 0.5, 1.0, above=True))]},
+    "a training": {"trained": [line_of(ok=False)]},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_whatever_falls_short_fails_the_report(wrong: str) -> None:
+    report = report_of(**WRONG[wrong])
+    assert report_of().passed and not report_of().failures()
+    assert not report.passed and len(report.failures()) == 1
+    seen: Any = report.to_json()
+    assert seen["passed"] is False and seen["failures"] == report.failures()
+    assert all(x["holds"] == f.holds for x, (_, f) in zip(seen["facts"], report.findings, strict=True))
+    assert all(x["holds"] == f.holds for x, (_, f) in zip(seen["expected_failures"], report.expected, strict=True))
+
+
+@pytest.mark.parametrize("part", ["roads", "findings", "trained"])
+def test_a_report_of_nothing_has_not_passed(part: str) -> None:
+    assert not report_of(**{part: []}).passed
+
+
+def test_the_printed_report_counts_what_holds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    roads = [("Bandit", "one", 1e-14), ("Bandit", "other", 3e-12)]
+    broken = ("Bandit", Finding("F2", "broken", 2.0, 1.0))
+    cli._print_report(report_of(roads=roads, findings=[*report_of().findings, broken], expected=[broken]))
+    text = " ".join(capsys.readouterr().out.split())
+    assert "1 environments by 2 second roads, largest relative difference 3e-12" in text
+    assert "F1 holds 1/1 measurements" in text and "F2 FAILS 0/1 measurements" in text
+    assert "expected outcomes, each by its predicted size: 0/1" in text and "some checks fail" in text
+
+
+SHORT = [  # environment, method, what its training measured: each must be said to fall short
+    ("Bandit", "shiq", {"q_error": 1e-6}),
+    ("Bandit", "shiq", {"v_error": 1e-6}),
+    ("Bandit", "shiq", {"kl": 1e-9}),
+    ("Bandit", "sequence", {"kl": 1e-9}),
+    ("Bandit", "sequence", {"q_error": 1e-2}),  # not the predicted error, which is 0 where all states are first ones
+    ("RandomTool", "shiq", {"q_error": 1e-6}),  # a bias that does not come
+    ("RandomTool", "turn-cut", {"q_error": 1e-6}),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "numbers"), SHORT)
+def test_a_training_of_another_outcome_falls_short(
+    name: str, key: str, numbers: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry, real = ENVIRONMENTS[name], selftest.train
+    case = Case(stationary(entry.builder()), entry.beta, entry.gamma)
+
+    def train(mdp: Any, method: Any, **options: Any) -> Any:
+        trained = real(mdp, method, **options)
+        return replace(trained, metrics=replace(trained.metrics, **numbers)) if method is METHODS[key] else trained
+
+    monkeypatch.setattr(selftest, "METHODS", {k: METHODS[k] for k in ("shiq", "sequence", "turn-cut")})
+    monkeypatch.setattr(selftest, "train", train)
+    for line, expected in selftest.train_all(name, case, case.mdp.deterministic):
+        assert line.ok == (line.method != key) == all(f.holds for f in expected)
+        assert (line.verdict == "FELL SHORT") == (line.method == key)
+
+
+def test_the_selftest_measures_everything_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without names: each environment by each road, all facts, each method that theory has a word on."""
+    monkeypatch.setattr(envs, "ENVIRONMENTS", {name: ENVIRONMENTS[name] for name in ("Bandit", "RandomTool")})
+    report = selftest.run()
+    assert report.passed, report.failures()
+    assert {f.fact for e, f in report.findings if e == "Bandit"} == set(FACTS)
+    roads = {"listing J(pi*)", "listing E exp(R/beta)", "linear system", "plain iteration"}
+    assert {road for e, road, _ in report.roads if e == "Bandit"} == roads
+    assert {road for e, road, _ in report.roads if e == "RandomTool"} == {"listing J(pi*)", "plain iteration"}
+    assert [t.method for t in report.trained if t.environment == "RandomTool"] == list(METHODS)
+    verdicts = {t.method: t.verdict for t in report.trained if t.environment == "RandomTool"}
+    assert [m for m, v in verdicts.items() if v == selftest.EXACT] == ["semi-gradient", "turn-cut"]
+
+
+# ------------------------------------------------------------------------------------------------ arguments that arrive
+def test_a_saved_automaton_takes_beta_and_gamma(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    saved = tmp_path / "tree.npz"
+    shiq_lab.make("Tree", depth=2).save(saved)
+    seen = json.loads(call("solve", str(saved), "--beta", "0.3", "--gamma", "0.7", "--json")[1])
+    truth = shiq_lab.solve(shiq_lab.make("Tree", depth=2), beta=0.3, gamma=0.7)
+    assert (seen["beta"], seen["gamma"], seen["objective"]) == (0.3, 0.7, truth.objective)
+    plain = json.loads(call("solve", str(saved), "--json")[1])
+    assert (plain["beta"], plain["gamma"]) == (1.0, 1.0)
+
+
+def test_envs_json_is_the_table(call) -> None:  # type: ignore[no-untyped-def]
+    for row in json.loads(call("envs", "--json")[1]):
+        entry = ENVIRONMENTS[row["name"]]
+        mdp = entry.builder()
+        assert (row["beta"], row["gamma"], row["horizon"]) == (entry.beta, entry.gamma, mdp.horizon)
+        assert (row["states"], row["tokens"], row["deterministic"]) == (mdp.n_states, mdp.n_tokens, mdp.deterministic)
+        assert row["policy_states"] == (mdp.reachable & mdp.is_policy).sum()
+
+
+def test_solve_json_has_every_layer_and_the_error_bound(call) -> None:  # type: ignore[no-untyped-def]
+    mdp = shiq_lab.make("RandomWalk", horizon=3)
+    truth = shiq_lab.solve(mdp, beta=ENVIRONMENTS["RandomWalk"].beta)
+    seen = json.loads(call("solve", "RandomWalk", "--set", "horizon=3", "--json")[1])
+    assert len(seen["v"]) == len(seen["q"]) == len(seen["log_policy"]) == 3
+    for t in range(3):
+        np.testing.assert_array_equal(seen["v"][t], truth.v(t))
+        policy = np.array([[-np.inf if x is None else x for x in row] for row in seen["log_policy"][t]])
+        np.testing.assert_array_equal(policy, truth.log_policy(t))
+    loop = json.loads(call("solve", "Loop", "--gamma", "0.9", "--json")[1])
+    assert loop["error_bound"] == shiq_lab.solve(shiq_lab.make("Loop"), beta=0.25, gamma=0.9).error_bound > 0
+
+
+def test_solve_prints_the_likeliest_tokens_of_the_first_states(call) -> None:  # type: ignore[no-untyped-def]
+    mdp, entry = shiq_lab.make("Bandit"), ENVIRONMENTS["Bandit"]
+    chance = np.exp(shiq_lab.solve(mdp, beta=entry.beta).log_policy())[0, mdp.allowed[0]]
+    text = call("solve", "Bandit")[1]
+    printed = [float(line.split()[-1]) for line in text.splitlines() if re.search(r"\ba\d ", line) and "0." in line][:4]
+    np.testing.assert_allclose(printed, np.sort(chance)[::-1][:4], atol=5e-5)
+    assert "... 4 more" in text
+    assert "2 of 86 states" in call("solve", "Tree", "--set", "depth=4", "--states", "2")[1]
+
+
+@pytest.mark.parametrize("source", ["sampled", "gym"])
+def test_the_seed_reaches_the_rows(source: str, call) -> None:  # type: ignore[no-untyped-def]
+    first, again, other = (
+        json.loads(call("train", "ToolCall", "--data", source, "--rows", "30", "--seed", s, "--json")[1]) for s in "112"
+    )
+    assert first == again and first["loss"] != other["loss"]
+
+
+def test_rows_that_are_too_few_are_named(call) -> None:  # type: ignore[no-untyped-def]
+    assert "never occur in these rows" in " ".join(call("train", "Tree", "--data", "sampled", "--rows", "9")[1].split())
+    code, _, error = call("train", "Bandit", "--data", "sampled", "--rows", "0")
+    assert code == 2 and "error rows: expected at least 1, got 0." in " ".join(error.split())
+
+
+def test_behaviours_by_name() -> None:
+    mdp = shiq_lab.make("Bandit")
+    half = (np.exp(uniform_policy(mdp)) + np.exp(reference_policy(mdp))) / 2
+    np.testing.assert_allclose(np.exp(data.behavior(mdp, "mixed", 0.5, 1.0)), half, atol=1e-15)
+    likely, truth = np.exp(data.behavior(mdp, "on-path", 0.5, 1.0)[0]), shiq_lab.solve(mdp, beta=0.5)
+    assert likely[truth.log_policy()[0].argmax()] == pytest.approx(0.9) and likely.sum() == pytest.approx(1.0)
+
+
+def test_bench_hands_on_repeats_and_failures(call, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    seen: list[list[str]] = []
+
+    def run(arguments: list[str], check: bool) -> Any:
+        seen.append(arguments)
+        return SimpleNamespace(returncode=3 if len(seen) == 2 else 0)
+
+    monkeypatch.setattr(cli.subprocess, "run", run)
+    code, _, _ = call("bench", "--repeats", "7")
+    assert code == 3 and len(seen) == 2, "the second script failed; nothing runs after it"
+    assert all(arguments[-2:] == ["--repeats", "7"] for arguments in seen)
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+def test_the_figure_shows_every_q_error_once(tmp_path: Path) -> None:
+    lines = [
+        line_of("Bandit", "shiq", q_error=0.0),
+        line_of("Tree", "shiq", q_error=1e-13),
+        line_of("Tree", "sequence", q_error=0.5),
+    ]
+    figure = plotting.selftest_figure(report_of(trained=lines))
+    axes = figure.axes[0]
+    points = {c.get_label(): np.asarray(c.get_offsets()).tolist() for c in axes.collections if c.get_label() in METHODS}
+    assert {m: [x for x, _ in p] for m, p in points.items()} == {"shiq": [1e-17, 1e-13], "sequence": [0.5]}
+    assert [round(y) for _, y in points["shiq"]] == [0, 1] and [round(y) for _, y in points["sequence"]] == [1]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["Bandit", "Tree"]
+    for name in ("deep/down/figure.png", "figure.svg"):
+        written = plotting.save(figure, tmp_path / name)
+        assert [p.name for p in written.parent.iterdir() if p.is_file()] == [written.name]
+    assert b"Software" not in (tmp_path / "deep/down/figure.png").read_bytes(), "a version in the file: no two are alike"
+
+
+# ---------------------------------------------------------------------------------------------------------- best strings
+def test_a_loop_that_pays_has_no_best_string(monkeypatch: pytest.MonkeyPatch) -> None:
+    pushes = iter(range(100))  # a search that goes round for ever runs out of these
+    push = lambda heap, item: (next(pushes), heapq.heappush(heap, item))  # noqa: E731
+    monkeypatch.setattr(strings, "heapq", SimpleNamespace(heappush=push, heappop=heapq.heappop))
+    paying = shiq_lab.TokenMDP(np.array([[0, -1]]), np.array([[0.5, 0.0]]), np.zeros((1, 2)))
+    assert list(strings.best_strings(paying, paying.reward)) == []
+    dear = replace(paying, reward=-paying.reward)
+    first_three = [next_ for next_, _ in zip(strings.best_strings(dear, dear.reward), range(3), strict=False)]
+    assert first_three == [(0.0, [1]), (-0.5, [0, 1]), (-1.0, [0, 0, 1])]

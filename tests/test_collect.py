@@ -131,3 +131,16 @@ def test_bad_calls_say_what_is_wrong(case: str) -> None:
     with pytest.raises(ValueError) as error:
         call()
     assert str(error.value).startswith(message)
+
+
+def test_the_first_copies_play_the_odd_episodes() -> None:
+    """Bandit's episodes are one step long, so rows come in rounds; 4 episodes on 3 copies end with one more of the first."""
+    mdp = make("Bandit", n_arms=1000)
+    played = [rows_of(collect(TokenVectorEnv(3, mdp), uniform_policy(mdp), n, seed=2)) for n in (4, 6)]
+    assert played[0] == played[1][:4] and len(set(played[1])) == 6
+
+
+def test_the_seed_draws_actions_too() -> None:
+    mdp = make("Bandit", n_arms=1000)
+    first, again, other = (rows_of(collect(TokenVectorEnv(3, mdp), uniform_policy(mdp), 9, seed=s)) for s in (0, 0, 1))
+    assert first == again != other

@@ -808,3 +808,32 @@ def test_shape_refuses_what_it_cannot_do() -> None:
         shape(random_walk(), np.zeros(22), 1.0)
     with pytest.raises(ValueError, match=re.escape("phi: expected shape (342,)")):
         shape(tree(), np.zeros(3), 1.0)
+
+
+def test_forbidden_may_end_sooner() -> None:
+    mdp = forbidden()
+    ends = (mdp.next_state < 0) & mdp.allowed
+    may_go_on = (mdp.next_state >= 0) & mdp.allowed
+    assert (ends.any(1) & may_go_on.any(1)).any(), "a state where one token ends the episode and another does not"
+
+
+def test_the_potential_is_not_made_of_trees_rewards() -> None:
+    """Another stream: a Phi drawn from the rewards' own numbers would repeat them."""
+    plain = tree()
+    assert not np.isin(potential(plain)[plain.is_policy], plain.reward).any()
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_random_walk_has_at_most_so_many_ways_from_a_node(degree: int) -> None:
+    graph = random_graph(21, degree, 0)
+    assert graph[GOAL] == () and max(map(len, graph)) == degree and min(map(len, graph[1:])) >= 1
+
+
+def test_chain_is_solved_where_its_discount_counts() -> None:
+    """Its card says that it tests discounting."""
+    assert ENVIRONMENTS["Chain"].gamma < 1
+
+
+def test_the_seed_reaches_the_odds_of_the_replies() -> None:
+    first, again, other = (tool_odds(seed=seed) for seed in (0, 0, 1))
+    assert np.array_equal(first, again) and not np.isclose(first, other).any()

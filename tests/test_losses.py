@@ -730,3 +730,24 @@ def test_an_unmasked_statistic_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(TokenStats, "_masked", classmethod(multiply))
     with pytest.raises(AssertionError):
         assert_agrees(mixed(), "shiq")
+
+
+@pytest.mark.parametrize("n_steps", [None, 1, 2])
+def test_no_gradient_flows_into_a_target_network_or_a_reference(n_steps: int | None) -> None:
+    """The policy's own statistics as target, cut rows among them: the gradient is that of a frozen copy."""
+    case = mixed()
+    policy, ref = case.stats()
+    names = ("token_logit", "logsumexp", "end_logsumexp")
+
+    def leaves(stats: TokenStats) -> TokenStats:
+        return TokenStats(*[getattr(stats, name).detach().clone().requires_grad_() for name in names])
+
+    own, reference = leaves(policy), leaves(ref)
+    options = {"beta": 0.7, "gamma": 0.9, "n_steps": n_steps}
+    shiq_loss(own, reference, case.batch, target_stats=own, **options).backward()
+    alone = leaves(policy)
+    shiq_loss(alone, reference.detach(), case.batch, target_stats=policy.detach(), **options).backward()
+    for name in names:
+        got, expected = getattr(own, name).grad, getattr(alone, name).grad
+        torch.testing.assert_close(0 if got is None else got, 0 if expected is None else expected, rtol=0, atol=0)
+        assert getattr(reference, name).grad is None

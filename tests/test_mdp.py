@@ -435,3 +435,40 @@ def test_recursions_agree_with_dense_algebra(graph: tuple[Any, Any], seed: int) 
 def test_a_loop_that_never_loses_weight_is_singular() -> None:
     with pytest.raises(np.linalg.LinAlgError):
         Recursion(np.array([[0]]), np.array([[1.0]]))
+
+
+@pytest.mark.parametrize(("off", "accepted"), [(5e-10, True), (-5e-10, True), (5e-9, False), (-5e-9, False)])
+def test_environment_rows_sum_to_one_within_1e_9(off: float, accepted: bool) -> None:
+    arrays = ([[-1, -1], [0, 0]], np.zeros((2, 2)), [[0.0, 0.0], [-LN2, math.log(0.5 + off)]], [True, False])
+    if accepted:
+        assert TokenMDP(*arrays).n_states == 2
+    else:
+        with pytest.raises(ValueError, match="ref_logits: expected log-probabilities that sum to 1"):
+            TokenMDP(*arrays)
+
+
+def test_rare_replies_stay_edges() -> None:
+    """exp(-600) is a number, exp(-701) as good as none."""
+    mdp = TokenMDP([[-1, -1, -1], [0, 0, 0]], np.zeros((2, 3)), [[0.0] * 3, [0.0, -600.0, -701.0]], [True, False])
+    assert mdp.allowed[1].tolist() == [True, True, False]
+
+
+def test_two_replies_are_random_and_a_coin_tossed_nowhere_is_not() -> None:
+    """The environment state draws one of two tokens: random after an action, harmless out of reach or as a prompt."""
+    reward, logits, owner = np.zeros((3, 2)), np.array([[0.0, 0.0], [-LN2, -LN2], [0.0, 0.0]]), [True, False, True]
+    assert not TokenMDP([[1, -1], [2, -1], [-1, -1]], reward, logits, owner).deterministic
+    assert TokenMDP([[-1, -1], [2, -1], [1, 1]], reward, logits, owner).deterministic
+    assert TokenMDP([[-1, -1], [0, 2], [-1, -1]], reward, logits, owner, start=1).deterministic
+
+
+def test_a_builder_may_have_exactly_as_many_states_as_allowed() -> None:
+    line = lambda s: Row(next={0: s + 1 if s < 4 else END})  # noqa: E731
+    assert from_states(0, line, 1, max_states=5).n_states == 5
+    with pytest.raises(ValueError, match="describe: expected at most 4 states, got more"):
+        from_states(0, line, 1, max_states=4)
+
+
+def test_the_scale_of_a_random_reference() -> None:
+    mdp = from_states(0, lambda s: Row(next=dict.fromkeys(range(2000), END)), 2000)
+    spread = [random_reference(mdp, 0, scale=scale, level=0.0).ref_logits.std() for scale in (0.0, 0.5, 2.0)]
+    np.testing.assert_allclose(spread, [0.0, 0.5, 2.0], rtol=0.1)  # 2000 draws: 1.6% each

@@ -45,3 +45,31 @@ def test_after_an_error_the_next_bar_works(terminal: io.StringIO) -> None:
                 raise RuntimeError("planted")
     assert list(progress(range(6), "second")) == list(range(6))
     assert "second" in terminal.getvalue()
+
+
+def test_the_bar_counts_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After two seconds, on standard error, up to the last item; a bar inside another one is none."""
+    events: list[object] = []
+
+    class Bar:
+        def __init__(self, *columns: object, console: Console, **options: object) -> None:
+            assert console.stderr
+
+        def add_task(self, label: str, total: int | None) -> int:
+            events.append((label, total))
+            return 0
+
+        def start(self) -> None:
+            events.append("start")
+
+        def advance(self, task: int) -> None:
+            events.append("advance")
+
+        def stop(self) -> None:
+            events.append("stop")
+
+    clock = iter(range(100))
+    monkeypatch.setattr(module, "Progress", Bar)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    assert [list(progress("xy", "inner")) for _ in progress(range(4), "outer")] == [["x", "y"]] * 4
+    assert events == [("outer", 4), "advance", "advance", "start", "advance", "advance", "stop"]

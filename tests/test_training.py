@@ -17,6 +17,7 @@ from shiq_lab.mdp import TokenMDP
 from shiq_lab.policies import covering, mixture, on_path, reference_policy, softmax_policy, uniform_policy
 from shiq_lab.population import Population
 from shiq_lab.sampling import sample
+from shiq_lab.stats import TokenStats
 from shiq_lab.training import (
     Training,
     hessian_condition,
@@ -255,3 +256,83 @@ def test_a_training_is_json_and_the_oracle_needs_none() -> None:
     assert json.loads(json.dumps(trained.to_json()))["metrics"]["q_error"] < 1e-12
     again = train(mdp, "shiq", beta=0.5, start=TabularLM.optimal(mdp, 0.5).table.detach().numpy())
     assert again.steps <= 2
+
+
+def test_metrics_look_at_every_reachable_state_and_no_other() -> None:
+    """State 2 is reachable from nowhere, state 1 only after a token: an error there counts in 1 alone."""
+    next_state = np.array([[1, -1], [-1, -1], [-1, 1]])
+    mdp = TokenMDP(next_state, np.array([[1.0, 0.5], [2.0, -1.0], [3.0, 0.0]]), np.zeros((3, 2))).with_prompt(0)
+    truth = solve(mdp, beta=0.5)
+    best = truth.optimal_logits()
+    for state, reachable in ((1, True), (2, False)):
+        logits = best.copy()
+        logits[state] += 1.0
+        seen = measure(truth, logits, METHODS["shiq"])
+        assert (seen.q_error, seen.v_error) == pytest.approx((0.5, 0.5) if reachable else (0.0, 0.0), abs=1e-14)
+    rows = enumerate_trajectories(mdp)
+    assert train_on_rows(mdp, "shiq", rows, beta=0.5).untried == 0
+    assert train_on_rows(mdp, "shiq", rows.select(rows.states[:, 1] == -1), beta=0.5).untried == 3
+
+
+def test_without_room_above_the_reference_there_is_no_gap() -> None:
+    mdp = replace(make("Bandit"), reward=np.zeros((2, 9)))
+    truth = solve(mdp, beta=0.5)
+    assert measure(truth, truth.optimal_logits(), METHODS["shiq"]).gap == 0.0
+
+
+def test_the_loss_is_a_mean_over_weighted_rows() -> None:
+    """Rows twice, or all weights twice: the same loss; unequal weights: the weighted mean of `shiq_loss` itself."""
+    mdp = make("ToolCall")
+    rows = enumerate_trajectories(mdp)
+    once = train_on_rows(mdp, "shiq", rows, beta=0.2, max_steps=1).loss[0]
+    twice = rows.select(torch.arange(len(rows)).repeat(2))
+    for same in (twice, replace(rows, weights=2 * rows.weights)):
+        assert train_on_rows(mdp, "shiq", same, beta=0.2, max_steps=1).loss[0] == pytest.approx(once, rel=1e-12)
+    stats = TokenStats.from_table(torch.tensor(mdp.ref_logits), rows)
+    assert once == pytest.approx(float(shiq_loss(stats, stats, rows, beta=0.2)), rel=1e-12)
+
+
+def test_sgd_records_its_last_step_and_may_stop_early() -> None:
+    mdp = make("Bandit")
+    pool = sample(mdp, covering(mdp), 2000, rng=0)
+    options = {"beta": 0.5, "learning_rate": 1.0, "record_every": 10}
+    whole = train_sampled(mdp, "shiq", minibatches(pool, 32, rng=1), steps=25, **options)
+    assert (whole.steps, whole.recorded_at) == (25, [10, 20, 25]) and len(whole.loss) == len(whole.q_error) == 3
+    early = train_sampled(mdp, "shiq", minibatches(pool, 32, rng=1), steps=25, stop_below=whole.q_error[1], **options)
+    assert (early.steps, early.recorded_at) == (20, [10, 20])
+
+
+def test_minibatches_draw_by_weight_and_count_each_row_once() -> None:
+    rows = enumerate_trajectories(make("Bandit"))
+    weights = torch.tensor([0.0, 3.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    drawn = next(minibatches(replace(rows, weights=weights), 4000, rng=0))
+    assert (drawn.weights == 1).all() and len(drawn) == 4000
+    count = torch.bincount(drawn.input_ids[:, 1], minlength=8).tolist()
+    assert sum(count) == count[1] + count[3] and abs(count[1] - 3000) < 5 * 28  # sqrt(4000 * 3/16) = 27.4
+
+
+def test_the_condition_number_is_the_hessians() -> None:
+    mdp = make("ToolCall", n_functions=2, n_arguments=1, n_values=1)
+    population = Population(mdp, covering(mdp), 0.5)
+    optimum = torch.tensor(np.where(mdp.allowed, solve(mdp, beta=0.5).optimal_logits(), 0.0))
+    edges = torch.tensor(mdp.allowed & mdp.is_policy[:, None])
+    loss = lambda x: population.loss(optimum.index_put(torch.where(edges), x))  # noqa: E731
+    hessian = torch.autograd.functional.hessian(loss, optimum[edges])
+    truth = float(torch.linalg.cond(hessian))
+    assert hessian_condition(population, METHODS["shiq"], optimum) == pytest.approx(truth, rel=1e-6) and truth > 4
+
+
+def test_the_semi_gradient_leaves_alone_what_is_never_said() -> None:
+    mdp = make("Bandit")
+    behavior = uniform_policy(mdp).copy()
+    behavior[0, :4], behavior[0, 4:8] = -np.inf, -np.log(4)
+    never = torch.tensor(mdp.allowed & (behavior == -np.inf))
+    rho = Population(mdp, behavior, 0.5).residual_mean(torch.tensor(np.where(mdp.allowed, mdp.ref_logits, 0.0)))
+    assert never.sum() == 4 and (rho[never] == 0).all() and (rho[0, 4:8] != 0).all()
+    trained = train(mdp, "semi-gradient", beta=0.5, behavior=behavior)
+    np.testing.assert_array_equal(trained.logits[never.numpy()], mdp.ref_logits[never.numpy()])
+
+
+def test_the_json_of_a_training_is_everything_but_the_table() -> None:
+    trained = train(make("Bandit"), "shiq", beta=0.5)
+    assert set(trained.to_json()) == set(vars(trained)) - {"logits"}
