@@ -153,8 +153,8 @@ def show_envs(json_: Json = False) -> None:
 @app.command("solve")
 def show_solution(
     env: Which, beta: Beta = None, gamma: Gamma = None, set_: Sets = None,
-    states: Annotated[int, typer.Option(help="How many states to print, along the likeliest strings.")] = 12,
-    strings: Annotated[int, typer.Option(help="How many best and most likely strings to print.")] = 3,
+    states: Annotated[int, typer.Option(min=1, help="How many states to print, along the likeliest strings.")] = 12,
+    strings: Annotated[int, typer.Option(min=0, help="How many best and most likely strings to print.")] = 3,
     json_: Json = False,
 ) -> None:  # fmt: skip
     """Solve an environment exactly: values, policy, best and most likely strings."""
