@@ -10,7 +10,7 @@ from torch import Tensor
 from shiq_lab.errors import at_least, bad, is_whole
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TokenBatch:
     """Rows of tokens; logits[:, i] scores input_ids[:, i + 1].
 
@@ -46,6 +46,10 @@ class TokenBatch:
                 raise bad(f.name, "a tensor", type(value).__name__)
         if self.terminated.dtype != torch.bool:
             raise bad("terminated", "booleans", f"dtype {self.terminated.dtype}")
+        if self.input_ids.is_floating_point():
+            raise bad("input_ids", "integers", f"dtype {self.input_ids.dtype}")
+        if not self.rewards.is_floating_point():
+            raise bad("rewards", "floating-point numbers", f"dtype {self.rewards.dtype}")
         shape = tuple(self.input_ids.shape)
         if len(shape) != 2:
             raise bad("input_ids", "shape [B, L]", f"shape {shape}")
@@ -64,6 +68,8 @@ class TokenBatch:
         for name in ("weights", "group_ids"):
             if tuple(getattr(self, name).shape) != rows:
                 raise bad(name, f"shape {rows}, as terminated", f"shape {tuple(getattr(self, name).shape)}")
+        if not ((self.weights >= 0) & torch.isfinite(self.weights)).all():
+            raise bad("weights", "finite numbers >= 0", f"{self.weights.min().item()} to {self.weights.max().item()}")
         self._check_masks()
 
     def _check_masks(self) -> None:
@@ -88,6 +94,10 @@ class TokenBatch:
                 f"1 at row {row}, position {position}",
                 "Put a beginning-of-sequence token before it: mdp.with_prompt(token).",
             )
+
+    def __repr__(self) -> str:
+        rows, cut_rows = tuple(self.input_ids.shape), int((~self.terminated).sum())
+        return f"<TokenBatch {rows}: {int(self.completion_mask.sum())} actions, {cut_rows} rows cut>"
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])

@@ -30,7 +30,7 @@ MAX_NEWTON = 500  # soft policy iteration takes about 4 steps; one that still cl
 MAX_AMPLIFICATION = 1e-6 / (64 * EPS)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Solution:
     """v*, q* and pi* of a TokenMDP at one beta and gamma; t counts the policy tokens already spent.
 
@@ -45,6 +45,9 @@ class Solution:
     gamma: float
     values: Floats
     error_bound: float = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Solution of {self.mdp!r}: beta {self.beta:g}, gamma {self.gamma:g}, J* = {self.objective:.6g}>"
 
     def _layer(self, t: int) -> int:
         t = at_least("t", t, 0)

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from shiq_lab import envs
@@ -23,8 +24,8 @@ from shiq_lab.errors import at_least, bad
 from shiq_lab.losses import methods
 from shiq_lab.mdp import TokenMDP
 
-# A pipe has no width of its own; 110 columns keep the tables whole.
-out = Console(width=None if sys.stdout.isatty() else 110)
+# A pipe has no width of its own; and a narrow terminal wraps a table better than cut numbers would read.
+out = Console(width=None if sys.stdout.isatty() and Console().width >= 100 else 110)
 err = Console(stderr=True)
 
 
@@ -44,7 +45,9 @@ app = typer.Typer(
     cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Token MDPs with exactly known Q-values, and losses checked against them.",
 )  # fmt: skip
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON for programs instead of tables; null stands for an infinite number.")
+]
 Beta = Annotated[float | None, typer.Option(help="KL weight; default: the environment's own.")]
 Gamma = Annotated[float | None, typer.Option(help="Discount; default: the environment's own.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="A parameter of the builder: key=value. Repeatable.")]
@@ -59,11 +62,13 @@ def load(which: str, settings: list[str] | None, beta: float | None, gamma: floa
             raise bad("--set", "nothing for a saved automaton", ", ".join(parameters))
         try:
             mdp = TokenMDP.load(which)
-        except FileNotFoundError:
-            raise bad("ENV", "an existing .npz file", repr(which)) from None
+        except OSError as error:
+            raise bad("ENV", "an existing .npz file", f"{which!r} ({error.strerror})") from None
         return mdp, 1.0 if beta is None else beta, 1.0 if gamma is None else gamma
     if ":" in which:
         return _build(_builder(which), parameters), 1.0 if beta is None else beta, 1.0 if gamma is None else gamma
+    if Path(which).is_file():
+        raise bad("ENV", "FILE.py:builder or FILE.npz", repr(which))
     environment = envs.lookup(which)
     mdp = _build(environment.builder, parameters)
     return mdp, environment.beta if beta is None else beta, environment.gamma if gamma is None else gamma
@@ -87,9 +92,11 @@ def _builder(which: str) -> Callable[..., Any]:
     if spec is None or spec.loader is None:
         raise bad("ENV", "a Python file", repr(path))
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.path.insert(0, str(Path(path).resolve().parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise bad("ENV", "a file that can be imported", f"{path!r}, which raises {type(error).__name__}: {error}") from error
     if not callable(getattr(module, name, None)):
         raise bad("ENV", f"a function in {path}", repr(name))
@@ -102,7 +109,12 @@ def _build(builder: Callable[..., Any], parameters: dict[str, Any]) -> TokenMDP:
         if key not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
             near = difflib.get_close_matches(key, known, n=1)
             raise bad("--set", f"one of {', '.join(known)}", repr(key), f"Did you mean {near[0]!r}?" if near else "")
-    mdp = builder(**parameters)
+    try:
+        mdp = builder(**parameters)
+    except ValueError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise bad("ENV", "a builder that runs", f"{type(error).__name__}: {error}", "Give its parameters by --set.") from error
     if not isinstance(mdp, TokenMDP):
         raise bad("ENV", "a builder that returns a TokenMDP", type(mdp).__name__)
     return mdp
@@ -163,9 +175,10 @@ def show_solution(
     likely, best = _strings(mdp, beta, gamma, strings)
     if json_:
         return _json(_solution_json(solution, likely, best))
-    out.print(
-        f"[bold]{mdp.name or env}[/bold]  beta {beta:g}, gamma {gamma:g}:  J(pi*) = v*(start) = {solution.objective:.12g}"
-    )
+    title = f"[bold]{escape(mdp.name or env)}[/bold]  beta {beta:g}, gamma {gamma:g}:"
+    out.print(f"{title}  J(pi*) = v*(start) = {solution.objective:.12g}")
+    if solution.time_dependent:
+        out.print(f"values at t = 0 of a horizon of {mdp.horizon} policy tokens; --json has every t", style="dim")
     table = Table("state", "owner", "v*", "token", "q*", "pi_ref", "pi*", box=None, header_style="bold")
     q, policy = solution.q(), np.exp(solution.log_policy())
     order = _along(mdp, likely, states)
@@ -175,20 +188,21 @@ def show_solution(
         for i, token in enumerate(sorted(tokens, key=lambda a, s=state: -policy[s, a])[:4]):  # type: ignore[misc]
             head = (str(state), owner, f"{solution.v()[state]:.6g}") if i == 0 else ("", "", "")
             chances = (f"{np.exp(mdp.ref_log_policy[state, token]):.4f}", f"{policy[state, token]:.4f}")
-            table.add_row(*head, mdp.show(int(token)), f"{round(q[state, token], 12):.6g}", *chances)
+            table.add_row(*head, escape(mdp.show(int(token))), f"{round(q[state, token], 12):.6g}", *chances)
         if len(tokens) > 4:
             table.add_row("", "", "", f"... {len(tokens) - 4} more", "", "", "")
     out.print(table)
     if mdp.n_states > len(order):
         out.print(f"{len(order)} of {mdp.n_states} states; --states for more, --json for all.", style="dim")
-    for title, rows in (("most likely under pi*", likely), ("highest return", best)):
-        out.print(f"[bold]{title}[/bold]" + ("" if rows else ": none, a loop pays without end"))
+    for title, rows in (("most likely under pi*", likely), ("highest discounted return", best)) if strings else ():
+        out.print(f"[bold]{title}[/bold]" + ("" if rows else ": none, in a loop going on always pays"))
         for total, said in rows:
             out.print(f"  {np.exp(total) if title.startswith('most') else total:10.6g}  {_say(mdp, said)}", markup=False)
 
 
 def _say(mdp: TokenMDP, tokens: list[int]) -> str:
-    return " ".join(mdp.show(token) for token in tokens)
+    more = f" ... ({len(tokens)} tokens)" if len(tokens) > 40 else ""
+    return " ".join(mdp.show(token) for token in tokens[:40]) + more
 
 
 Strings = list[tuple[float, list[int]]]
@@ -232,7 +246,9 @@ def _solution_json(solution: Solution, likely: Strings, best: Strings) -> dict[s
 @app.command()
 def selftest(
     env: Annotated[list[str] | None, typer.Option(help="Only this environment. Repeatable.")] = None,
-    figure: Annotated[Path, typer.Option(help="Where the figure goes.")] = Path("figures/selftest.png"),
+    figure: Annotated[
+        Path | None, typer.Option(help="Where the figure goes; default, of a full run: figures/selftest.png.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Check the project's own losses against the exact truth; exit 1 if anything falls short."""
@@ -241,18 +257,25 @@ def selftest(
     from shiq_lab import plotting
     from shiq_lab.selftest import run
 
+    if figure is None and not env:
+        figure = Path("figures/selftest.png")
+    if figure is not None and (figure.suffix not in (".png", ".svg", ".pdf") or figure.is_dir()):
+        raise bad("--figure", "a file that ends in .png, .svg or .pdf", repr(str(figure)))
     torch.set_num_threads(1)  # small tables: more threads only wait for each other
-    report = run(env)
-    where = plotting.save(plotting.selftest_figure(report), figure)
+    report = run(env or None)
     if json_:
         _json(report.to_json())
     else:
         _print_report(report)
-        out.print(f"figure: {where}", style="dim")
+    if figure is not None:
+        where = plotting.save(plotting.selftest_figure(report), figure)
+        if not json_:
+            out.print(f"figure: {where}", style="dim")
     raise typer.Exit(0 if report.passed else 1)
 
 
 def _print_report(report: Any) -> None:
+    from shiq_lab.facts import FACTS
     from shiq_lab.selftest import EXACT
 
     heads = ("environment", "states", "tokens", "method", "max q err", "max v err", "KL", "gap", "verdict")
@@ -270,17 +293,32 @@ def _print_report(report: Any) -> None:
     out.print(
         f"\ntwo roads: {len(names)} environments by {len(report.roads)} second roads, largest relative difference {worst:.0e}"
     )
-    facts = dict.fromkeys(f.fact for _, f in report.findings)
-    for fact in facts:
+    for fact, function in FACTS.items():
         mine = [(e, f) for e, f in report.findings if f.fact == fact]
         good = sum(f.holds for _, f in mine)
-        mark = "[green]holds[/green]" if good == len(mine) else "[red]FAILS[/red]"
-        out.print(f"  {fact:4s} {mark}  {good}/{len(mine)} measurements on {len({e for e, _ in mine})} environments")
-    predicted = sum(f.holds for _, f in report.expected)
-    out.print(f"expected outcomes, each by its predicted size: {predicted}/{len(report.expected)}")
+        mark = (
+            "[red]FAILS[/red]" if good < len(mine) else "[green]holds[/green]" if mine else "[yellow]not measured here[/yellow]"
+        )
+        out.print(f"  {fact:4s}{mark}  {good}/{len(mine)} measurements on {len({e for e, _ in mine})} environments", end="  ")
+        out.print(" ".join((function.__doc__ or "").split()).partition(";")[0].rstrip("."), style="dim", markup=False)
+    _print_expected(report.expected)
     for line in report.failures():
         out.print(f"[red]FELL SHORT[/red] {line}")
     out.print("[bold green]all checks hold[/bold green]" if report.passed else "[bold red]some checks fail[/bold red]")
+
+
+def _print_expected(expected: list[Any]) -> None:
+    """What must fail, kind by kind: how large it is, over how many environments; and how well its size is predicted."""
+    good = sum(f.holds for _, f in expected)
+    out.print(f"expected outcomes, each by its predicted size: {good}/{len(expected)}")
+    for key, claim in dict.fromkeys((f.fact, f.claim) for _, f in expected if f.fact != "train"):
+        seen = [f.measured for _, f in expected if (f.fact, f.claim) == (key, claim)]
+        size = (
+            f"{min(seen):.0e} to {max(seen):.0e}"
+            if "predicted" not in claim and "formula" not in claim
+            else f"off by {max(seen):.0e}"
+        )
+        out.print(f"  {key:9s} {claim}: {size}, {len(seen)} environments", markup=False, highlight=False)
 
 
 @app.command("train")
@@ -317,12 +355,14 @@ def train_table(
     m = trained.metrics
     if json_:
         return _json({"environment": mdp.name, "loss_name": loss, "data": data, "behavior": behavior} | trained.to_json())
-    title = f"[bold]{mdp.name or env}[/bold]  {loss} on {data} data, behaviour {behavior}"
+    title = f"[bold]{escape(mdp.name or env)}[/bold]  {loss} on {data} data, behaviour {behavior}"
     out.print(f"{title}; {trained.steps} steps: {trained.optimizer}")
     if trained.untried:
         out.print(
             f"[yellow]{trained.untried} reachable (state, token) pairs never occur in these rows[/yellow]: q* is missed there"
         )
+    if not mdp.deterministic and methods.lookup(loss).form in ("square", "first"):
+        out.print("[yellow]replies are random: full-gradient losses are biased[/yellow]; see --loss semi-gradient, turn-cut")
     table = Table("max |q - q*|", "max |v - v*|", "KL(pi*||pi)", "J", "J*", "gap", box=None, header_style="bold")
     table.add_row(
         *(f"{x:.3e}" for x in (m.q_error, m.v_error, m.kl)), *(f"{x:.9g}" for x in (m.objective, m.optimum)), f"{m.gap:.1e}"
@@ -332,7 +372,7 @@ def train_table(
 
 @app.command()
 def bench(
-    repeats: Annotated[int, typer.Option(help="Repeats of every timing; medians are reported.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of every timing; medians are reported.")] = 5,
 ) -> None:
     """Run the benchmarks of this clone; each prints JSON."""
     folder = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -349,6 +389,6 @@ def main() -> None:
     """Entry point: bad input is one line on standard error and exit code 2, never a traceback."""
     try:
         app()
-    except ValueError as error:
-        err.print(f"[red]error[/red] {error}", soft_wrap=True, highlight=False)
+    except (ValueError, OSError) as error:
+        err.print("[red]error[/red] " + escape(str(error)), soft_wrap=True, highlight=False)
         sys.exit(2)

@@ -57,10 +57,6 @@ class Case:
     policy: Floats | None = None  # the behaviour, where it is not to be a random one
 
     @cached_property
-    def rng(self) -> np.random.Generator:
-        return np.random.default_rng(self.seed)
-
-    @cached_property
     def solution(self) -> Solution:
         return solve(self.mdp, beta=self.beta, gamma=self.gamma)
 
@@ -94,7 +90,7 @@ class Case:
 
     @cached_property
     def batch(self) -> TokenBatch:
-        """All rows of the behaviour with exact weights where they can be listed, else a sample, a third of it cut."""
+        """All rows of the behaviour with exact weights where they can be listed, else a sample, cut at 200 tokens."""
         if self.listed:
             return enumerate_trajectories(self.mdp, LISTABLE, behavior=self.behavior)
         return sample(self.mdp, self.behavior, self.rows, rng=self.seed, max_tokens=200)

@@ -26,7 +26,7 @@ PROBABILITY_TOLERANCE = 1e-9
 FORMAT = "shiq_lab.TokenMDP/1"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TokenMDP:
     """A token MDP as arrays; next_state, reward and ref_logits are [S, V].
 
@@ -85,6 +85,11 @@ class TokenMDP:
         self._check_environment_loops()
 
     # ------------------------------------------------------------------------------------------------- views
+    def __repr__(self) -> str:
+        limit = "" if self.horizon is None else f", horizon {self.horizon}"
+        owners = f"{int(self.is_policy.sum())} of the policy"
+        return f"<TokenMDP {self.name!r}: {self.n_states} states, {owners}, {self.n_tokens} tokens{limit}>"
+
     @property
     def n_states(self) -> int:
         return int(self.next_state.shape[0])

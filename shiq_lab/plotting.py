@@ -57,7 +57,7 @@ def selftest_figure(report: "Report") -> "Figure":
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     note: dict[str, Any] = {"y": -0.42, "fontsize": 9, "color": "#555555", "va": "top"}
-    axes.text(1e-8 / 3, s="exact in float64", ha="right", **note)
+    axes.text(1e-8 / 3, s="recovered: at most 1e-8", ha="right", **note)
     axes.text(3e-8, s="missed", **note)
     axes.set_title("Trained from the reference, read out, compared with the exact q*", loc="left", fontsize=11)
     figure.legend(loc="outside lower center", ncols=len(present), frameon=False, fontsize=9)
@@ -69,8 +69,10 @@ def save(figure: "Figure", path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(
-        partial, format=path.suffix.lstrip(".") or "png", metadata={"Software": None} if path.suffix == ".png" else None
-    )
-    os.replace(partial, path)
+    metadata = {"Software": None} if path.suffix == ".png" else None
+    try:
+        figure.savefig(partial, format=path.suffix.lstrip("."), metadata=metadata)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path

@@ -272,7 +272,9 @@ def train_on_rows(
     """
     method = loss if isinstance(loss, Method) else methods.lookup(loss)
     if method.form not in ("square", "first"):
-        raise bad("loss", "a full-gradient loss for data in rows", repr(method.form), "Or train_sampled, by SGD.")
+        raise bad(
+            "loss", "a full-gradient loss for data in rows", f"one of form {method.form!r}", "Use population data, or SGD."
+        )
     mdp, batch = stationary(mdp), unique(batch)
     allowed, ref = torch.tensor(np.array(mdp.allowed)), torch.tensor(mdp.ref_logits)
     ref_stats = TokenStats.from_table(ref, batch)

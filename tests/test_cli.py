@@ -59,7 +59,7 @@ def test_solve_prints_values_policy_and_strings(call) -> None:  # type: ignore[n
     assert code == 0
     truth = shiq_lab.solve(shiq_lab.make("Needle", length=2, n_tokens=2), beta=0.5)
     assert f"v*(start) = {truth.objective:.12g}" in text
-    for heading in ("pi_ref", "most likely under pi*", "highest return"):
+    for heading in ("pi_ref", "most likely under pi*", "highest discounted return"):
         assert heading in text
 
 
@@ -110,7 +110,7 @@ def test_solve_takes_files(call, tmp_path: Path) -> None:  # type: ignore[no-unt
 
 BAD = {
     ("solve", "Needl"): "error name: expected an environment, got 'Needl'. Did you mean 'Needle'?",
-    ("solve", "nothing.npz"): "error ENV: expected an existing .npz file, got 'nothing.npz'.",
+    ("solve", "nothing.npz"): "error ENV: expected an existing .npz file, got 'nothing.npz' (No such file or directory).",
     ("solve", "nothing.py:f"): "error ENV: expected FILE.py:builder with an existing file, got 'nothing.py:f'.",
     ("solve", "Tree", "--set", "depth"): "error --set: expected key=value, got 'depth'.",
     (
@@ -165,6 +165,65 @@ def test_train_by_sgd(call) -> None:  # type: ignore[no-untyped-def]
     assert call("train", "Bandit", "--sgd", "1.0")[0] == 2
 
 
+def test_a_costly_loop_has_best_and_likeliest_strings() -> None:
+    """[[0, -1]] with rewards (-0.001, -5): ending is best however long that takes to show; chances 0.1, 0.09, 0.081, ..."""
+    from itertools import islice
+
+    from shiq_lab.strings import best_strings
+
+    mdp = shiq_lab.TokenMDP([[0, -1]], [[-0.001, -5.0]], [[np.log(0.9), np.log(0.1)]])  # type: ignore[arg-type]
+    assert [s for _, s in islice(best_strings(mdp, mdp.reward), 2)] == [[1], [0, 1]]
+    likely = list(islice(best_strings(mdp, mdp.ref_log_policy), 3))
+    np.testing.assert_allclose(np.exp([total for total, _ in likely]), [0.1, 0.09, 0.081])
+    paying = shiq_lab.TokenMDP([[0, -1]], [[1.0, 0.0]], [[0.0, 0.0]])  # type: ignore[arg-type]
+    assert not list(islice(best_strings(paying, paying.reward), 1))
+
+
+HOSTILE = """
+from __future__ import annotations
+import numpy as np
+from dataclasses import dataclass
+from shiq_lab import TokenMDP
+@dataclass
+class Size:
+    n: int = 2
+def markup():
+    return TokenMDP([[-1, -1]], [[0, 1]], [[0, 0]], tokens=("[/INST]", "[bold]"), name="[/x]")
+def needs(x):
+    return x
+def quits():
+    raise SystemExit(7)
+"""
+
+
+def test_hostile_files_are_read_or_refused_in_one_line(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Token strings that look like markup, builders that raise or quit, a folder, a file of no kind."""
+    mine = tmp_path / "mine.py"
+    mine.write_text(HOSTILE)
+    code, text, _ = call("solve", f"{mine}:markup")
+    assert code == 0 and "[/INST]" in text and "[bold]" in text and "[/x]" in text
+    code, _, error = call("solve", f"{mine}:needs")
+    assert code == 2 and "got TypeError: needs() missing 1 required positional argument: 'x'" in " ".join(error.split())
+    assert "got SystemExit: 7" in call("solve", f"{mine}:quits")[2]
+    folder = tmp_path / "folder.npz"
+    folder.mkdir()
+    assert call("solve", str(folder))[0] == 2
+    assert "expected FILE.py:builder or FILE.npz" in " ".join(call("solve", str(mine))[2].split())
+    assert call("selftest", "--env", "Bandit", "--figure", str(tmp_path))[0] == 2
+
+
+def test_a_partial_run_leaves_the_figure_alone(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(tmp_path)
+    code, text, _ = call("selftest", "--env", "Bandit", "--env", "Bandit")
+    assert code == 0 and not list(tmp_path.iterdir())
+    assert text.count("shiq ") == 1 and "F7" in text and "J(softmax" not in text
+
+
+def test_random_replies_come_with_a_word_of_warning(call) -> None:  # type: ignore[no-untyped-def]
+    assert "full-gradient losses are biased" in call("train", "RandomTool")[1]
+    assert "biased" not in call("train", "RandomTool", "--loss", "turn-cut")[1]
+
+
 def test_selftest_writes_its_figure_and_reports(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     figure = tmp_path / "here" / "selftest.png"
     code, text, _ = call("selftest", "--env", "Bandit", "--env", "RandomTool", "--figure", str(figure))
@@ -212,7 +271,11 @@ def test_the_installed_command_is_the_same(tmp_path: Path) -> None:
 def test_the_readme_is_true() -> None:
     """Its Python runs and prints a zero loss with a zero gradient; its commands exist."""
     text = (ROOT / "README.md").read_text()
-    code = re.search(r"```python\n(.*?)```", text, re.S)
+    session, builder = re.findall(r"```python\n(.*?)```", text, re.S)
+    scope: dict = {}
+    exec(builder, scope)  # the example of a builder
+    assert shiq_lab.solve(scope["build"](), beta=0.5).objective != 0
+    code = re.search(r"(.*)", session, re.S)
     assert code is not None
     assert len(code.group(1).strip().splitlines()) <= 13
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -429,3 +492,28 @@ def test_a_loop_that_pays_has_no_best_string(monkeypatch: pytest.MonkeyPatch) ->
     dear = replace(paying, reward=-paying.reward)
     first_three = [next_ for next_, _ in zip(strings.best_strings(dear, dear.reward), range(3), strict=False)]
     assert first_three == [(0.0, [1]), (-0.5, [0, 1]), (-1.0, [0, 0, 1])]
+
+
+def test_a_builder_of_ones_own_takes_beta_and_gamma(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "own.py").write_text("from shiq_lab import make\n\ndef grow():\n    return make('Tree', depth=2)\n")
+    which = f"{tmp_path / 'own.py'}:grow"
+    seen = json.loads(call("solve", which, "--beta", "0.3", "--gamma", "0.7", "--json")[1])
+    truth = shiq_lab.solve(shiq_lab.make("Tree", depth=2), beta=0.3, gamma=0.7)
+    assert (seen["beta"], seen["gamma"], seen["objective"]) == (0.3, 0.7, truth.objective)
+    plain = json.loads(call("solve", which, "--json")[1])
+    assert (plain["beta"], plain["gamma"]) == (1.0, 1.0)
+
+
+def test_the_best_string_is_the_one_whose_losses_are_discounted() -> None:
+    """-1 after two tokens at gamma = 1/2 is better than -0.6 at once; undiscounted it would look worse."""
+    reward = np.array([[0.0, -0.6], [-1.0, -9.0]])
+    mdp = shiq_lab.TokenMDP(np.array([[1, -1], [-1, -1]]), reward, np.zeros((2, 2)))
+    assert list(strings.best_strings(mdp, mdp.reward, 0.5))[:2] == [(-0.5, [0, 0]), (-0.6, [1])]
+
+
+def test_the_best_string_may_win_by_what_comes_last() -> None:
+    """101 in six tokens against 100.5 at once: the last 1 is a hundredth of what is ahead, and must still count."""
+    next_state = np.stack([[1, 2, 3, 4, 5, -1], [-1] * 6], 1)
+    reward = np.array([[0.0, 100.5], [0.0, 0.0], [0.0, 0.0], [100.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    mdp = shiq_lab.TokenMDP(next_state, reward, np.zeros((6, 2)))
+    assert next(strings.best_strings(mdp, mdp.reward)) == (101.0, [0] * 6)

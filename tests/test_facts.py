@@ -109,10 +109,19 @@ def test_facts_on_every_environment(name: str) -> None:
         for finding in fact(case):
             assert_holds(finding)
             assert finding.above or finding.bound <= LOOSEST * case.solution.scale**2, f"{finding.claim}: {finding.bound:.1e}"
+            assert not finding.above or finding.bound > 0, f"{finding.claim}: at least 0 holds for whatever is measured"
             met[finding.fact] += 1
     assert not set(EVERYWHERE) - set(met)
     assert ("F8" in met) == (case.mdp.deterministic and edges_of(case) <= facts.DENSE)
     assert case.listed == ("F9" in met) == ("F11" in met) == ("F12" in met)
+
+
+@pytest.mark.parametrize("name", envs.ENVIRONMENTS)
+def test_a_loss_that_must_vanish_is_held_to_the_square_of_rounding(name: str) -> None:
+    """A loss sums squares: residuals of 1e-7 make one of 1e-14, which rounding alone would let pass."""
+    case = case_named(name)
+    (finding,) = (f for f in facts.f4(case) if f.claim == "shifted loss at l_ref, r = 0")
+    assert finding.bound <= LOOSEST**2 * case.solution.scale**2
 
 
 def edges_of(case: Case) -> int:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -320,6 +321,34 @@ def test_the_condition_number_is_the_hessians() -> None:
     hessian = torch.autograd.functional.hessian(loss, optimum[edges])
     truth = float(torch.linalg.cond(hessian))
     assert hessian_condition(population, METHODS["shiq"], optimum) == pytest.approx(truth, rel=1e-6) and truth > 4
+
+
+def test_a_population_keeps_what_it_remembers_apart() -> None:
+    """Whole rows, their first residual alone and turns that are cut, asked of one population: each as of a fresh one."""
+    mdp = make("RandomTool")
+    table = torch.tensor(
+        np.where(mdp.allowed, mdp.ref_logits + np.random.default_rng(0).normal(size=(mdp.n_states, 1)), -np.inf)
+    )
+    fresh = lambda: Population(mdp, uniform_policy(mdp), 0.5, 0.9)  # noqa: E731
+    targets = fresh().pieces(table)[1]
+    kinds: list[dict[str, Any]] = [{}, {"first_only": True}, {"turn_targets": targets}]
+    alone = [float(fresh().loss(table, **kind)) for kind in kinds]
+    one = fresh()
+    assert [float(one.loss(table, **kind)) for kind in kinds] == alone
+    assert len(set(alone)) == 3
+
+
+def test_the_lowest_draw_never_selects_a_row_of_weight_zero() -> None:
+    """random() may be 0.0 itself; the first row, of weight 0, is not the one that it selects."""
+
+    class Lowest(np.random.Generator):
+        def random(self, size: Any = None, *args: Any, **kwargs: Any) -> Any:
+            return np.zeros(size)
+
+    listed = enumerate_trajectories(make("Bandit"))
+    weights = torch.where(torch.arange(len(listed)) == 0, 0.0, listed.weights)
+    drawn = next(minibatches(replace(listed, weights=weights), 3, rng=Lowest(np.random.PCG64(0))))
+    assert (drawn.input_ids == listed.input_ids[1]).all()
 
 
 def test_the_semi_gradient_leaves_alone_what_is_never_said() -> None:

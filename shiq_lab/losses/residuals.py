@@ -150,9 +150,13 @@ def check_arguments(
     target: TokenStats | None = None,
 ) -> None:
     """ValueErrors for what silently trains the wrong thing: shapes that broadcast, beta, gamma and n_steps out of range."""
+    if not isinstance(batch, TokenBatch):
+        raise bad("batch", "a TokenBatch", type(batch).__name__)
     shape = (len(batch), batch.input_ids.shape[1] - 1)
     named = [("policy_stats", stats), ("ref_stats", ref)] + ([] if target is None else [("target_stats", target)])
     for name, x in named:
+        if not isinstance(x, TokenStats):
+            raise bad(name, "TokenStats", type(x).__name__, "TokenStats.from_logits(logits, batch) makes them.")
         for part in ("token_logit", "logsumexp"):
             if tuple(getattr(x, part).shape) != shape:
                 raise bad(f"{name}.{part}", f"shape {shape}", f"shape {tuple(getattr(x, part).shape)}")
