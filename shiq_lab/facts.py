@@ -285,8 +285,8 @@ def f7(case: Case) -> Iterator[Finding]:
 
 
 def f8(case: Case) -> Iterator[Finding]:
-    """The one-step residual's Jacobian over all edges is beta (I - gamma P_pi), invertible: its zero is unique, and every
-    stationary point is the zero."""
+    """The one-step residual's Jacobian is beta (I - gamma P_pi), invertible: one zero, no other stationary point; over all
+    edges."""
     mdp = case.mdp
     edges = np.argwhere(mdp.allowed & mdp.is_policy[:, None])
     if len(edges) > DENSE or not mdp.deterministic:

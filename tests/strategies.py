@@ -385,7 +385,7 @@ Seen = dict[str, tuple[float, float]]
 WORST: Seen = {}  # claim -> (largest measured / bound, that measured), for whoever wants to know how tight a bound is
 
 
-def near(claim: str, measured: float, bound: float) -> None:
+def assert_near(claim: str, measured: float, bound: float) -> None:
     """measured <= bound, with a message that stands alone; NaN fails."""
     ratio = measured / bound if bound > 0 else (0.0 if measured == 0 else np.inf)
     if not ratio <= WORST.get(claim, (-1.0, 0.0))[0]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from reference import words
-from strategies import EPS, World, automata, automaton, decoder, holds_for, near, radius
+from strategies import EPS, World, assert_near, automata, automaton, decoder, holds_for, radius
 
 from shiq_lab import TokenMDP, bellman, enumerate_trajectories, evaluate, solve
 from shiq_lab.bellman import Solution
@@ -135,19 +135,21 @@ def test_solve_equals_iteration_in_longer_floats(world: World) -> None:
     truth = truth[: len(values)]
     roundings = stretch(world, solution)
     size = solution.scale + world.beta * float(np.abs(world.mdp.ref_log_policy[world.mdp.allowed]).max())
-    near("v* = iteration", float(np.abs(values - truth).max()), 8 * EPS * size * roundings)
-    near("v* = iteration, promised", float(np.abs(values - truth).max()) / solution.scale, ROADS)
+    assert_near("v* = iteration", float(np.abs(values - truth).max()), 8 * EPS * size * roundings)
+    assert_near("v* = iteration, promised", float(np.abs(values - truth).max()) / solution.scale, ROADS)
     for t in range(max(len(values) - 1, 1)):
         after = values[min(t + 1, len(values) - 1)].astype(Long)
         backed = long_backup(world.mdp, values[t].astype(Long), after, Long(world.beta), Long(world.gamma))
-        near("Bellman residual", float(np.abs(backed - values[t]).max()), RESIDUAL * solution.scale)
+        assert_near("Bellman residual", float(np.abs(backed - values[t]).max()), RESIDUAL * solution.scale)
         mdp, q = world.mdp, solution.q(t)
         plain = np.append(after, 0)[mdp.next_state]
         environment = np.append(values[t], 0)[mdp.next_state]
         plain = np.where(mdp.is_policy[:, None], mdp.reward + world.gamma * plain, environment)
-        near("q* = r + gamma v*", float(np.abs(q - plain)[mdp.allowed].max()), 4 * EPS * solution.scale)
+        assert_near("q* = r + gamma v*", float(np.abs(q - plain)[mdp.allowed].max()), 4 * EPS * solution.scale)
         assert (q[~mdp.allowed] == -np.inf).all()
-        near("pi* sums to 1", float(np.abs(np.exp(solution.log_policy(t)).sum(1) - 1).max()), RESIDUAL * size / world.beta)
+        assert_near(
+            "pi* sums to 1", float(np.abs(np.exp(solution.log_policy(t)).sum(1) - 1).max()), RESIDUAL * size / world.beta
+        )
 
 
 @holds_for(
@@ -159,7 +161,7 @@ def test_package_roads_agree(world: World) -> set[str]:
     """The second roads that selftest prints: each within 1e-10 of the scale, each really taken."""
     met = set()
     for road, gap in second_roads(solved(world)):
-        near(road, gap, ROADS)
+        assert_near(road, gap, ROADS)
         met.add(road)
     return met
 
@@ -170,9 +172,9 @@ def test_linear_system_on_loops(world: World) -> set[str]:
     solution = solved(world)
     if solution.scale / world.beta >= FITS:
         return {"too large for z"}
-    near("linear system on loops", abs(linear_value(world.mdp, world.beta) - solution.objective) / solution.scale, ROADS)
+    assert_near("linear system on loops", abs(linear_value(world.mdp, world.beta) - solution.objective) / solution.scale, ROADS)
     iterated = plain_iteration(world.mdp, world.beta, 1.0)
-    near("plain iteration on loops", abs(iterated[world.mdp.start] - solution.objective) / solution.scale, ROADS)
+    assert_near("plain iteration on loops", abs(iterated[world.mdp.start] - solution.objective) / solution.scale, ROADS)
     return world.strata
 
 
@@ -204,8 +206,8 @@ def test_listing_equals_depth_first_words(world: World) -> None:
         listed[key] = float(weight)
     walked = {(w.tokens, w.actions, w.rewards, w.states): w.probability for w in words(world.mdp, behavior)}
     assert listed.keys() == walked.keys()
-    near("listed chances", max(abs(listed[k] - walked[k]) for k in listed), SUM)
-    near("listed chances sum to 1", abs(sum(listed.values()) - 1), SUM)
+    assert_near("listed chances", max(abs(listed[k] - walked[k]) for k in listed), SUM)
+    assert_near("listed chances sum to 1", abs(sum(listed.values()) - 1), SUM)
 
 
 def ratio_table(table: np.ndarray, other: np.ndarray, allowed: np.ndarray) -> np.ndarray:
@@ -255,12 +257,12 @@ def test_evaluate_equals_listing(world: World, forbid: bool) -> set[str]:
         "listed KL to pi*": (got.kl_to_optimal, -(weight @ row_terms(mute, mdp, to_best, 1.0, gamma)), size / beta),
     }
     for name, (value, listed, scale) in sums.items():
-        near(name, abs(value - float(listed)), SUM * scale)
+        assert_near(name, abs(value - float(listed)), SUM * scale)
     listed = float(weight @ row_terms(mute, mdp, to_best, 1.0, gamma))
-    near("J = v* - beta KL(pi || pi*)", abs(sums["listed J"][1] - (solution.objective + beta * listed)), SUM * size)
+    assert_near("J = v* - beta KL(pi || pi*)", abs(sums["listed J"][1] - (solution.objective + beta * listed)), SUM * size)
     assert got.occupancy.shape == (table.shape if len(got.occupancy.shape) == 3 else table.shape[-2:])
     visits = listed_occupancy(world, table, got.occupancy.shape)
-    near("listed occupancy", float(np.abs(visits - got.occupancy).max()), SUM * (1 + visits.max()))
+    assert_near("listed occupancy", float(np.abs(visits - got.occupancy).max()), SUM * (1 + visits.max()))
     return world.strata | ({"time"} if got.occupancy.ndim == 3 else set()) | ({"gamma < 1"} if gamma < 1 else set())
 
 
@@ -276,16 +278,18 @@ def test_evaluate_solves_its_own_equations(world: World) -> set[str]:
     cost = np.where(mdp.is_policy[:, None], beta * ratio, 0.0)
     mean = (np.exp(pi) * np.where(mdp.allowed, q - cost, 0.0)).sum(-1)
     size = 1 + float(np.abs(q[..., mdp.allowed]).max()) + float(np.abs(cost).max())
-    near("v of pi", float(np.abs(mean - v).max()), RESIDUAL * size)
+    assert_near("v of pi", float(np.abs(mean - v).max()), RESIDUAL * size)
     for t in range(len(q)):
         after = v[t] if got.q.ndim == 2 else (v[t + 1] if t + 1 < len(v) else np.zeros(mdp.n_states))
         later, now = np.append(after, 0)[mdp.next_state], np.append(v[t], 0)[mdp.next_state]
         plain = np.where(mdp.is_policy[:, None], mdp.reward + gamma * later, now)
-        near("q of pi", float(np.abs(plain - q[t])[mdp.allowed].max()), 4 * EPS * size)
+        assert_near("q of pi", float(np.abs(plain - q[t])[mdp.allowed].max()), 4 * EPS * size)
     roundings = got.occupancy.sum() + stretch(world, solution)
     gap = abs(got.objective - (solution.objective - beta * got.kl_to_optimal))
-    near("J = v* - beta KL, any world", gap, 64 * EPS * (size + beta * got.kl_to_optimal) * roundings)
-    near("J = return - beta KL", abs(got.objective - got.expected_return + beta * got.kl_to_ref), RESIDUAL * size * roundings)
+    assert_near("J = v* - beta KL, any world", gap, 64 * EPS * (size + beta * got.kl_to_optimal) * roundings)
+    assert_near(
+        "J = return - beta KL", abs(got.objective - got.expected_return + beta * got.kl_to_ref), RESIDUAL * size * roundings
+    )
     assert got.objective <= solution.objective + 64 * EPS * size * roundings
     return world.strata
 
@@ -298,8 +302,8 @@ def test_pi_star_attains_v_star(world: World) -> set[str]:
     # ln pi* is rounded by eps scale / beta; so are the sums of its rows, which multiply v once a step
     size = solution.scale * (1 + solution.scale / world.beta) * stretch(world, solution)
     layers = solution.values[:-1] if got.v.ndim == 2 and solution.time_dependent else solution.values[0]
-    near("v of pi* = v*", float(np.abs(got.v - layers).max()), 16 * EPS * size)
-    near("KL(pi* || pi*)", abs(got.kl_to_optimal), 16 * EPS * size / world.beta)
+    assert_near("v of pi* = v*", float(np.abs(got.v - layers).max()), 16 * EPS * size)
+    assert_near("KL(pi* || pi*)", abs(got.kl_to_optimal), 16 * EPS * size / world.beta)
     return world.strata
 
 
@@ -334,10 +338,10 @@ def test_derivatives_of_v_star(world: World) -> set[str]:
     steps = stretch(world, solution)
     for direction in directions:
         seen = slope(lambda x, d=direction: at_start(mdp.reward.astype(Long) + x * d, Long(beta)), 1e-4 * beta / steps)
-        near("dv*/dr = occupancy", abs(seen - float((occupancy * direction).sum())), DERIVATIVE * scale)
+        assert_near("dv*/dr = occupancy", abs(seen - float((occupancy * direction).sum())), DERIVATIVE * scale)
     reach = solution.scale / beta + np.abs(mdp.ref_log_policy[mdp.allowed]).max()  # how fast ln pi* turns with ln beta
     seen = slope(lambda x: at_start(mdp.reward, Long(beta) + x), 1e-4 * beta / (steps * reach))
-    near("dv*/dbeta = -KL(pi* || pi_ref)", abs(seen + got.kl_to_ref), DERIVATIVE * scale * reach)
+    assert_near("dv*/dbeta = -KL(pi* || pi_ref)", abs(seen + got.kl_to_ref), DERIVATIVE * scale * reach)
     return world.strata
 
 
@@ -387,7 +391,7 @@ def test_a_loop_is_finite_exactly_where_its_radius_is_below_one(seeds: range) ->
             z = naive_linear(mdp, beta)
             assert (z > 0).all()
             gap = np.abs(beta * np.log(z[acted]) - solution.v()[acted]).max() / solution.scale
-            near("z solves the linear system", float(gap), ROADS * max(1.0, 1e-3 / (1 - rho)))
+            assert_near("z solves the linear system", float(gap), ROADS * max(1.0, 1e-3 / (1 - rho)))
         else:
             infinite += 1
             negative += bool((naive_linear(mdp, beta) < 0).any())
@@ -409,7 +413,7 @@ def test_the_border_of_a_self_loop(distance: float) -> None:
             solve(mdp, beta=beta)
         return
     truth = beta * np.log(0.5 / distance)  # 1 - e^{r / beta} / 2 = distance, up to the rounding of r
-    near("self-loop near its border", abs(solve(mdp, beta=beta).objective - truth), 8 * EPS * 2 / distance)
+    assert_near("self-loop near its border", abs(solve(mdp, beta=beta).objective - truth), 8 * EPS * 2 / distance)
 
 
 @pytest.mark.parametrize("leave", [1e-1, 1e-3, 1e-5, 1e-7])
@@ -438,9 +442,11 @@ def test_error_bound_where_a_reply_may_wait(leave: float, horizon: int | None) -
         )
         solution, truth = solve(long, beta=0.5, gamma=0.5), solve(short, beta=0.5, gamma=0.5)
         gap = float(np.abs(solution.values - truth.values).max())
-        near(f"waiting replies, horizon {horizon}", gap, solution.error_bound + truth.error_bound)
+        assert_near(f"waiting replies, horizon {horizon}", gap, solution.error_bound + truth.error_bound)
         if horizon is None:
-            near("waiting replies: the bound is no looser than it must be", solution.error_bound, 1e3 * EPS * (2 + 2 / leave))
+            assert_near(
+                "waiting replies: the bound is no looser than it must be", solution.error_bound, 1e3 * EPS * (2 + 2 / leave)
+            )
 
 
 @holds_for(60, automata(loops=True, horizons=False, gammas=(0.5, 0.9)), often={"loops": 0.5, "random replies": 0.15})
@@ -449,11 +455,13 @@ def test_error_bound_bounds_the_error(world: World) -> set[str]:
     solution, truth = solved(world), long_values(world.mdp, world.beta, world.gamma)
     size = solution.scale + world.beta * float(np.abs(world.mdp.ref_log_policy[world.mdp.allowed]).max())
     gap = float(np.abs(solution.values - truth).max())
-    near("|v - v*| <= error_bound + sweep", gap, solution.error_bound + 4 * EPS * size)
-    near("error_bound", solution.error_bound, ROADS * solution.scale)
+    assert_near("|v - v*| <= error_bound + sweep", gap, solution.error_bound + 4 * EPS * size)
+    assert_near("error_bound", solution.error_bound, ROADS * solution.scale)
     inner = np.concatenate([b.states for b in blocks(world.mdp.next_state, world.mdp.allowed) if b.cyclic] or [[0]]).astype(int)
     if solution.error_bound > 0:
-        near("|v - v*| in loops", float(np.abs(solution.values - truth)[0, inner].max()), solution.error_bound + 2 * EPS * size)
+        assert_near(
+            "|v - v*| in loops", float(np.abs(solution.values - truth)[0, inner].max()), solution.error_bound + 2 * EPS * size
+        )
     return world.strata
 
 
@@ -487,11 +495,11 @@ def test_cold_and_large(size: float, beta: float, loops: bool, gamma: float) -> 
         solution = solve(mdp, beta=beta, gamma=gamma)
         hard, cost = hard_values(mdp, gamma)
         room = 64 * EPS * solution.scale * 20
-        near("v* <= hard maximum", float((solution.v() - hard).max()), room)
-        near("v* >= hard maximum - beta cost", float((hard - beta * cost - solution.v()).max()), room)
+        assert_near("v* <= hard maximum", float((solution.v() - hard).max()), room)
+        assert_near("v* >= hard maximum - beta cost", float((hard - beta * cost - solution.v()).max()), room)
         v = solution.v().astype(Long)
         residual = np.abs(long_backup(mdp, v, v, Long(beta), Long(gamma)) - v).max()
-        near("cold: Bellman residual", float(residual), RESIDUAL * solution.scale)
+        assert_near("cold: Bellman residual", float(residual), RESIDUAL * solution.scale)
         assert np.isfinite(solution.q()[mdp.allowed]).all() and np.isfinite(solution.optimal_logits()[mdp.allowed]).all()
 
 
@@ -507,8 +515,8 @@ def test_hot(world: World, beta: float) -> set[str]:
     spread = max(float((solution.q(t)[rows].max(1) - least(solution.q(t))).max()) for t in layers)
     visits = ref.occupancy.sum()
     room = RESIDUAL * solution.scale * (1 + visits)
-    near("hot: E_ref return <= v*", ref.expected_return - solution.objective, room)
-    near("hot: v* - E_ref return", solution.objective - ref.expected_return, visits * spread**2 / (8 * beta) + room)
+    assert_near("hot: E_ref return <= v*", ref.expected_return - solution.objective, room)
+    assert_near("hot: v* - E_ref return", solution.objective - ref.expected_return, visits * spread**2 / (8 * beta) + room)
     return world.strata
 
 
@@ -525,18 +533,18 @@ def test_a_horizon_is_the_unrolled_automaton(world: World) -> set[str]:
     for t in range(int(mdp.horizon or 0)):
         rows = slice(t * S, (t + 1) * S)
         if solution.time_dependent:
-            near("v(t) = unrolled", float(np.abs(solution.v(t) - flat.v()[rows]).max()), size)
+            assert_near("v(t) = unrolled", float(np.abs(solution.v(t) - flat.v()[rows]).max()), size)
             gap = np.abs(np.where(mdp.allowed, solution.q(t), 0) - np.where(mdp.allowed, flat.q()[rows], 0))
-            near("q(t) = unrolled", float(gap.max()), size)
-    near("v(0) = unrolled", float(abs(solution.objective - flat.objective)), size)
+            assert_near("q(t) = unrolled", float(gap.max()), size)
+    assert_near("v(0) = unrolled", float(abs(solution.objective - flat.objective)), size)
     room = 64 * EPS * (solution.scale + world.beta * (got.kl_to_ref + got.kl_to_optimal + 10)) * 10
     for name in ("objective", "expected_return"):
-        near(f"evaluate {name} = unrolled", abs(getattr(got, name) - getattr(unrolled, name)), room)
+        assert_near(f"evaluate {name} = unrolled", abs(getattr(got, name) - getattr(unrolled, name)), room)
     for name in ("kl_to_ref", "kl_to_optimal"):
-        near(f"evaluate {name} = unrolled", abs(getattr(got, name) - getattr(unrolled, name)), room / world.beta)
+        assert_near(f"evaluate {name} = unrolled", abs(getattr(got, name) - getattr(unrolled, name)), room / world.beta)
     if got.occupancy.ndim == 3:
         gap = np.abs(got.occupancy.reshape(unrolled.occupancy.shape) - unrolled.occupancy)
-        near("occupancy = unrolled", float(gap.max()), RESIDUAL)
+        assert_near("occupancy = unrolled", float(gap.max()), RESIDUAL)
     return world.strata
 
 
@@ -560,9 +568,9 @@ def test_values_grow_with_the_horizon_towards_the_fixed_point(world: World, sign
         return world.strata
     room = 64 * EPS * limit.scale * 10
     for t in range(H):
-        near("v_H monotone in H", float((sign * (solution.v(t + 1) - solution.v(t))).max()), room)
+        assert_near("v_H monotone in H", float((sign * (solution.v(t + 1) - solution.v(t))).max()), room)
         gap = np.abs(solution.v(t) - limit.v()).max()
-        near("|v_H - v*| <= gamma^H max|v*|", float(gap), gamma ** (H - t) * float(np.abs(limit.v()).max()) + room)
+        assert_near("|v_H - v*| <= gamma^H max|v*|", float(gap), gamma ** (H - t) * float(np.abs(limit.v()).max()) + room)
     return world.strata
 
 
@@ -586,7 +594,7 @@ def test_mass_on_a_forbidden_token(world: World) -> set[str]:
         ahead |= (np.append(ahead, False)[mdp.next_state] & mdp.allowed).any(1)
     assert (got.v[ahead] == -np.inf).all()
     size = RESIDUAL * (1 + np.abs(plain.v).max()) * (1 + plain.occupancy.sum())
-    near("states that cannot reach it", float(np.abs(got.v - plain.v)[~ahead].max(initial=0.0)), size)
+    assert_near("states that cannot reach it", float(np.abs(got.v - plain.v)[~ahead].max(initial=0.0)), size)
     if ahead[mdp.start]:
         assert got.objective == -np.inf and got.kl_to_ref == np.inf and got.kl_to_optimal == np.inf
         assert np.isfinite(got.expected_return)
@@ -638,7 +646,7 @@ def test_a_loop_without_an_end() -> None:
 # --------------------------------------------------------------------------------------------------------- invariances
 def assert_same(name: str, world: World, actual: np.ndarray, expected: np.ndarray, solution: Solution) -> None:
     size = solution.scale + world.beta * float(np.abs(world.mdp.ref_logits[world.mdp.allowed]).max())
-    near(name, float(np.abs(actual - expected).max()), 8 * EPS * size * stretch(world, solution))
+    assert_near(name, float(np.abs(actual - expected).max()), 8 * EPS * size * stretch(world, solution))
 
 
 @holds_for(80, every_world)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from strategies import World, automata, holds_for, near
+from strategies import World, assert_near, automata, holds_for
 from torch import Tensor
 
 import shiq_lab.losses.residuals as residuals_module
@@ -44,7 +44,7 @@ def case_named(name: str) -> Case:
 
 def assert_holds(f: Finding) -> None:
     if not f.above:
-        near(f"{f.fact}, {f.claim}", f.measured, f.bound)
+        assert_near(f"{f.fact}, {f.claim}", f.measured, f.bound)
     assert f.holds, f"{f.fact}, {f.claim}: measured {f.measured:.3e}, expected {'>=' if f.above else '<='} {f.bound:.3e}"
 
 
