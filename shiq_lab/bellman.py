@@ -193,6 +193,7 @@ def _longest(mdp: TokenMDP) -> float:
 
 def _backward_induction(mdp: TokenMDP, beta: float, gamma: float) -> Solution:
     horizon = int(mdp.horizon or 0)
+    mdp.check_layers(horizon)
     lift = environment_average(mdp)
     policy = np.flatnonzero(mdp.is_policy)
     values = np.zeros((horizon + 1, mdp.n_states))

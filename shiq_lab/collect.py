@@ -8,10 +8,11 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from shiq_lab.batch import TokenBatch
-from shiq_lab.errors import bad
+from shiq_lab.errors import at_least, bad
 from shiq_lab.graph import Floats
 from shiq_lab.mdp import TokenMDP
 from shiq_lab.models.tabular import walk
+from shiq_lab.policies import check_log_policy
 from shiq_lab.progress import progress
 from shiq_lab.sampling import prompt_groups, trim_replies
 
@@ -44,13 +45,12 @@ def collect(env: Any, policy: Floats, episodes: int, *, seed: int = 0) -> TokenB
     same number of episodes (the first ones one more): taking whichever end first would favour short rows. A row is
     terminated where the automaton ended; one that was truncated is cut in a policy state. The seed fixes everything.
     """
-    if not isinstance(episodes, int) or episodes < 1:
-        raise bad("episodes", "a whole number >= 1", repr(episodes))
+    episodes, seed = at_least("episodes", episodes, 1), at_least("seed", seed, 0)
     mdp, vector = _open(env)
-    fits = np.shape(policy) == mdp.next_state.shape
-    chance = np.where(mdp.allowed, np.exp(policy), 0.0) if fits else np.zeros(mdp.next_state.shape)
-    if not fits or not np.allclose(chance[mdp.is_policy].sum(1), 1, atol=1e-6):
-        raise bad("policy", f"log-probabilities {mdp.next_state.shape} over allowed tokens", f"shape {np.shape(policy)}")
+    table = check_log_policy(mdp, policy, "policy")
+    if table.ndim != 2 or (np.exp(table[~mdp.allowed]) > 0).any():
+        raise bad("policy", "one table [S, V], and no chance of forbidden tokens", f"shape {table.shape}")
+    chance = np.where(mdp.allowed, np.exp(table), 0.0)
     ladder = np.cumsum(chance, 1) / np.maximum(chance.sum(1, keepdims=True), 1e-300)
     rng = np.random.default_rng(seed)
     quota = np.full(vector.num_envs, episodes // vector.num_envs)

@@ -42,7 +42,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from shiq_lab.envs import ENVIRONMENTS, make
-from shiq_lab.errors import bad
+from shiq_lab.errors import bad, is_whole
 from shiq_lab.graph import Block, Bools, Floats, Ints, blocks, reachable_from
 from shiq_lab.mdp import TokenMDP
 
@@ -405,6 +405,8 @@ class TokenVectorEnv(VectorEnv[NDArray[np.int32], Ints, NDArray[Any]]):
         """Streams as TokenEnv's reset picks them, one a row."""
         B = self.num_envs
         seeds = [None] * B if seed is None else seed
+        if not is_whole(seeds) and (isinstance(seeds, str) or not isinstance(seeds, Sequence | np.ndarray)):
+            raise bad("seed", f"a whole number or {B} of them, one a sub-environment", repr(seed))
         if isinstance(seeds, (int, np.integer)):
             super().reset(seed=int(seeds))
             seeds = [int(seeds) + i for i in range(B)]
@@ -415,6 +417,8 @@ class TokenVectorEnv(VectorEnv[NDArray[np.int32], Ints, NDArray[Any]]):
         else:
             self._stream += EPISODE
         for i, one in enumerate(seeds):
+            if one is not None and (not is_whole(one) or one < 0):
+                raise bad("seed", "whole numbers >= 0, or None", f"{one!r} for sub-environment {i}")
             if one is not None:
                 self._stream[i] = seeding.np_random(int(one))[0].integers(2**63)
 

@@ -23,6 +23,7 @@ from shiq_lab.graph import PIECE, Bools, Floats, Ints, reachable_from, reaches, 
 
 # float64 log-softmax over V tokens sums to 1 within V * eps: 1.1e-11 at V = 49,152; anything beyond 1e-9 was never normalised.
 PROBABILITY_TOLERANCE = 1e-9
+MAX_ENTRIES = 500_000_000  # of a table with a layer for each token spent: 4 GB in float64
 FORMAT = "shiq_lab.TokenMDP/1"
 
 
@@ -193,6 +194,7 @@ class TokenMDP:
         steps = at_least("horizon", steps, 1)
         if self.horizon is not None and steps > self.horizon:
             raise bad("horizon", f"at most the automaton's own {self.horizon}", repr(steps))
+        self.check_layers(int(steps))
         S = self.n_states
         layer = np.arange(steps)[:, None, None]
         follow = np.where(self.is_policy[:, None], layer + 1, layer) * S + self.next_state  # (T, S, V)
@@ -206,6 +208,12 @@ class TokenMDP:
             is_policy=tile(self.is_policy),
             horizon=None,
         )
+
+    def check_layers(self, steps: int) -> None:
+        """A ValueError where a table [T, S, V] of so many layers would not fit into memory."""
+        entries = steps * self.next_state.size
+        if entries > MAX_ENTRIES:
+            raise bad("horizon", f"at most {MAX_ENTRIES} entries in a table [T, S, V]", f"{entries}", "Take a shorter horizon.")
 
     # ------------------------------------------------------------------------------------------------ on disk
     def save(self, path: str | os.PathLike[str]) -> None:

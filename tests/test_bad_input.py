@@ -806,6 +806,16 @@ CALLS: list[tuple[str, Callable[[], Any], str]] = [
         "policy_stats: expected TokenStats, got NoneType. TokenStats.from_logits(logits, batch) makes them.",
     ),
     (
+        "unroll-for-ever",
+        lambda: LOOP.unroll(10**9),
+        "horizon: expected at most 500000000 entries in a table [T, S, V], got 2000000000. Take a shorter horizon.",
+    ),
+    (
+        "solve-for-ever",
+        lambda: solve(replace(LOOP, horizon=10**9), beta=1.0),
+        "horizon: expected at most 500000000 entries in a table [T, S, V], got 2000000000. Take a shorter horizon.",
+    ),
+    (
         "cut-a-string",
         lambda: cut(ROWS, "a"),  # type: ignore[arg-type]
         "length: expected a whole number, or integers of shape (2,), got 'a'.",

@@ -111,7 +111,10 @@ BAD = {
         lambda: collect(TokenEnv(make("Bandit")), np.zeros((2, 9)), 0),
         "episodes: expected a whole number >= 1, got 0.",
     ),
-    "policy": (lambda: collect(TokenEnv(make("Bandit")), np.zeros((3, 9)), 1), "policy: expected log-probabilities (2, 9)"),
+    "policy": (
+        lambda: collect(TokenEnv(make("Bandit")), np.zeros((3, 9)), 1),
+        "policy: expected shape (2, 9), got shape (3, 9).",
+    ),
     "mode": (
         lambda: collect(
             gymnasium.vector.SyncVectorEnv(

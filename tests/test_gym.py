@@ -485,3 +485,18 @@ def test_bad_calls_are_named() -> None:
         vector.step([0.0, 1.0])
     with raises("actions: expected integers of shape (2,), got dtype int64, shape (3,)."):
         vector.step([0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("seed", "message"),
+    [
+        ("x", "seed: expected a whole number or 2 of them, one a sub-environment, got 'x'."),
+        (1.5, "seed: expected a whole number or 2 of them, one a sub-environment, got 1.5."),
+        ([1.5, 2], "seed: expected whole numbers >= 0, or None, got 1.5 for sub-environment 0."),
+        ([1, -2], "seed: expected whole numbers >= 0, or None, got -2 for sub-environment 1."),
+    ],
+)
+def test_bad_seeds_are_named(seed: Any, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        TokenVectorEnv(2, "Bandit").reset(seed=seed)
+    assert str(error.value) == message
