@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from shiq_lab import TokenBatch, TokenMDP
+from shiq_lab.graph import blocks
 
 Vector = list[float]
 
@@ -335,3 +336,16 @@ def population_loss(
         if e.after is not None:
             flow[e.after, e.state] -= e.chance
     return float(np.linalg.solve(flow, first) @ m2)
+
+
+def longest_episode(mdp: TokenMDP) -> int | None:
+    """Tokens (prompts and replies included) of the longest row; None where loops make them unbounded."""
+    table = mdp if mdp.horizon is None else mdp.unroll()
+    length = np.zeros(table.n_states + 1, dtype=np.int64)
+    for block in blocks(table.next_state, table.allowed & table.reachable[:, None]):
+        if block.cyclic:
+            return None
+        rows = block.states
+        edge = table.allowed[rows]
+        length[rows] = 1 + np.where(edge, length[table.next_state[rows]], 0).max(1)
+    return int(length[table.start])

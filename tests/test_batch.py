@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from reference import Word, best_cut, words
+from reference import Word, best_cut, longest_episode, words
 from strategies import JUNK_IDS, Case, cases, random_world
 
 from shiq_lab import TokenBatch, TokenMDP, enumerate_trajectories, make, solve
@@ -16,7 +16,7 @@ from shiq_lab.batch import concatenate, cut, pack, pad, unique
 from shiq_lab.enumeration import count_trajectories
 from shiq_lab.envs import ENVIRONMENTS
 from shiq_lab.losses.residuals import actions_of, residuals
-from shiq_lab.models.tabular import TabularLM, longest_episode, with_states
+from shiq_lab.models.tabular import TabularLM, with_states
 from shiq_lab.policies import covering, mixture, on_path, reference_policy, softmax_policy, uniform_policy
 from shiq_lab.population import Population
 from shiq_lab.sampling import sample

@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import longest_episode
 from strategies import EPS, JUNK_IDS, random_world
 
 from shiq_lab import TokenBatch, TokenMDP, TokenStats, enumerate_trajectories, make, shiq_loss, solve
 from shiq_lab.batch import cut, pack, pad
 from shiq_lab.envs import ENVIRONMENTS, lookup
 from shiq_lab.losses import shiq
-from shiq_lab.models.tabular import TabularLM, longest_episode, with_states
+from shiq_lab.models.tabular import TabularLM, with_states
 from shiq_lab.policies import covering, uniform_policy
 from shiq_lab.sampling import sample
 

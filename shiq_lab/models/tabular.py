@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from shiq_lab.batch import TokenBatch
 from shiq_lab.bellman import solve
 from shiq_lab.errors import bad
-from shiq_lab.graph import blocks
 from shiq_lab.mdp import TokenMDP
 from shiq_lab.sampling import require_prompt
 
@@ -113,16 +112,3 @@ def with_states(batch: TokenBatch, mdp: TokenMDP) -> TokenBatch:
     """The batch with its automaton states filled in by walking the tokens."""
     model = TabularLM(mdp, trainable=False)
     return replace(batch, states=model.states(batch.input_ids, batch.attention_mask, batch.segment_ids))
-
-
-def longest_episode(mdp: TokenMDP) -> int | None:
-    """Tokens (prompts and replies included) of the longest row; None where loops make them unbounded."""
-    table = mdp if mdp.horizon is None else mdp.unroll()
-    length = np.zeros(table.n_states + 1, dtype=np.int64)
-    for block in blocks(table.next_state, table.allowed & table.reachable[:, None]):
-        if block.cyclic:
-            return None
-        rows = block.states
-        edge = table.allowed[rows]
-        length[rows] = 1 + np.where(edge, length[table.next_state[rows]], 0).max(1)
-    return int(length[table.start])
