@@ -12,7 +12,7 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
-test-slow: .venv/ready
+test-slow: .venv/ready-hf
 	$(BIN)/python -m pytest -n auto -m slow
 
 bench: .venv/ready
@@ -28,6 +28,11 @@ lint: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS) torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e ".[test]"
+	@touch $@
+
+# The slow tests run whole Hugging Face trainers.
+.venv/ready-hf: .venv/ready
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e ".[test,hf]"
 	@touch $@
 
 clean:

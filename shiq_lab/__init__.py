@@ -25,6 +25,16 @@ _HOME = {
     "shiq_loss": "losses.shiq",
     "TabularLM": "models.tabular",
     "make": "envs",
+    "check_loss": "checks.loss",
+    "check_component": "checks.components.suite",
+    "check_trainer": "checks.trainer.suite",
+    "check_rollout": "checks.rollout.suite",
+    "check_distributed": "checks.distributed.suite",
+    "declare": "checks.traits",
+    "from_logprobs": "checks.adapters",
+    "from_response_logprobs": "checks.adapters",
+    "from_stats": "checks.adapters",
+    "parametrize_with_checks": "checks.pytest_plugin",
 }
 __all__ = ["__version__", *_HOME]
 

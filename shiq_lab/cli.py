@@ -1,4 +1,4 @@
-"""The command line: shiq-lab envs | solve | selftest | train | bench."""
+"""The command line: shiq-lab envs | solve | selftest | train | check | bench."""
 
 import ast
 import difflib
@@ -249,10 +249,21 @@ def selftest(
     figure: Annotated[
         Path | None, typer.Option(help="Where the figure goes; default, of a full run: figures/selftest.png.")
     ] = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="Show instead where pi* is stationary, loss by loss: the fixed-point table.")
+    ] = False,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Show instead which check catches which planted bug; minutes, needs the extra hf.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Check the project's own losses against the exact truth; exit 1 if anything falls short."""
     import torch
+
+    if matrix:
+        raise typer.Exit(0 if _planted_bugs(bool(env) or figure is not None or table, json_) else 1)
+    if table:
+        raise typer.Exit(0 if _fixed_points(bool(env), figure, json_) else 1)
 
     from shiq_lab import plotting
     from shiq_lab.selftest import run
@@ -272,6 +283,62 @@ def selftest(
         if not json_:
             out.print(f"figure: {where}", style="dim")
     raise typer.Exit(0 if report.passed else 1)
+
+
+def _fixed_points(env: bool, figure: Path | None, json_: bool) -> bool:
+    """Print the fixed-point table; is everything as theory predicts?"""
+    import torch
+
+    from shiq_lab import fixed_points
+
+    for given, option in ((env, "--env"), (figure is not None, "--figure")):
+        if given:
+            raise bad(option, "nothing beside --table, which has automata of its own and draws no figure", "a value")
+    torch.set_num_threads(1)  # small tables: more threads only wait for each other
+    rows = fixed_points.table()
+    good = sum(r.holds for r in rows)
+    if json_:
+        _json(fixed_points.to_json(rows))
+        return good == len(rows)
+    heads = ("deterministic", "", "random replies", "", "one token", "")
+    view = Table("loss", *heads, "pins down", box=None, padding=(0, 1), pad_edge=False, header_style="bold")
+    view.add_row("[dim]data:[/dim]", *["[dim]pi*'s[/dim]", "[dim]other[/dim]"] * 3, "")
+    short = {"yes": "[green]yes[/green]", "yes, its V not": "[green]yes[/green], V [yellow]no[/yellow]"}
+    for line in fixed_points.summary(rows):
+        cells = [short.get(cell, f"[yellow]{cell.split()[0]}[/yellow]") for cell in line.cells]
+        view.add_row(line.loss if line.holds else f"[red]{line.loss}: not as predicted[/red]", *cells, line.fixes)
+    out.print(view)
+    out.print("yes: the exact expected gradient at the optimum is 0 to rounding; no: a million times that size", style="dim")
+    for row in [r for r in rows if not r.holds]:
+        out.print(f"[red]FELL SHORT[/red] {row}")
+    out.print(f"{good}/{len(rows)} expected gradients as theory predicts")
+    return good == len(rows)
+
+
+def _planted_bugs(more: bool, json_: bool) -> bool:
+    """Print the matrix check x bug; is every planted bug caught, and its accepted twin not?"""
+    from shiq_lab.checks.bugs import matrix
+    from shiq_lab.progress import progress
+
+    if more:
+        raise bad("--matrix", "no other option than --json beside it", "another")
+    jobs = matrix.ids()
+    rows = list(progress(matrix.compute(), "planted bugs", total=len(jobs)))
+    found = matrix.Matrix(rows)
+    if json_:
+        _json(found.to_json())
+        return not found.to_json()["missed"]
+    view = Table("bug", "thread", "what one sees", "caught by", "smoke test", box=None, padding=(0, 1), header_style="bold")
+    said = {True: "[yellow]passes[/yellow]", False: "fails", None: "[dim]-[/dim]"}
+    for row in rows:
+        checks = "[green]" + " ".join(row.caught_by) + "[/green]" if row.caught else "[red]MISSED[/red]"
+        view.add_row(row.id, escape(row.thread), escape(row.symptom), checks, said[row.smoke_passed])
+    out.print(view)
+    for line in matrix.totals(found):
+        out.print(line)
+    for row in [r for r in rows if r.right_failed]:
+        out.print(f"[red]FALSE ALARM[/red] {row.id}: {', '.join(row.right_failed)} on the accepted twin")
+    return not found.to_json()["missed"]
 
 
 def _print_report(report: Any) -> None:
@@ -368,6 +435,34 @@ def train_table(
         *(f"{x:.3e}" for x in (m.q_error, m.v_error, m.kl)), *(f"{x:.9g}" for x in (m.objective, m.optimum)), f"{m.gap:.1e}"
     )
     out.print(table)
+
+
+@app.command("check")
+def check_losses(
+    losses: Annotated[list[str] | None, typer.Argument(metavar="LOSS...", help="FILE.py:NAME or package.module:NAME.")] = None,
+    kind: Annotated[str | None, typer.Option(help="bellman, trajectory, policy_only, on_policy or preference.")] = None,
+    like: Annotated[str | None, typer.Option(help="A reference loss by name: must equal it up to a factor.")] = None,
+    expect_fail: Annotated[list[str] | None, typer.Option(metavar="CHECK=REASON", help="Must fail. Repeatable.")] = None,
+    trait: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="What the loss declares. Repeatable.")] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="CHECK", help="Only this check. Repeatable.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings are failures.")] = False,
+    device: Annotated[str, typer.Option(help="Where the loss is called.")] = "cpu",
+    dtype: Annotated[list[str] | None, typer.Option(help="A lower precision to run too. Repeatable.")] = None,
+    time_limit: Annotated[float, typer.Option(metavar="S", help="Seconds for one call of the loss; 0: no limit.")] = 60.0,
+    json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="The report as JSON; - prints it.")] = None,
+    junit: Annotated[str | None, typer.Option(metavar="FILE", help="The report as JUnit XML.")] = None,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="The report as one HTML file.")] = None,
+    markdown: Annotated[str | None, typer.Option(metavar="FILE", help="A summary in Markdown.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only failures and the verdict.")] = False,
+) -> None:
+    """Does your loss have the right fixed point? Exit 0: all checks hold; 1: a check failed; 2: it could not be run."""
+    from shiq_lab.checks import command
+
+    asked = command.order(
+        losses, kind=kind, like=like, expect_fail=expect_fail, trait=trait, only=only, strict=strict, device=device,
+        dtype=dtype, time_limit=time_limit, quiet=quiet, json=json_, junit=junit, html=html, markdown=markdown,
+    )  # fmt: skip
+    raise typer.Exit(command.check(asked, out, err))
 
 
 @app.command()

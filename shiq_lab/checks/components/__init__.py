@@ -1,0 +1,1 @@
+"""check_component: checks of what surrounds a loss."""

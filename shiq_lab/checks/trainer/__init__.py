@@ -1,0 +1,1 @@
+"""check_trainer: the exact optimum put into a whole trainer."""

@@ -1,0 +1,74 @@
+"""What README.md and docs/ show is what the commands print, and the examples are what README says they are."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from shiq_lab.checks.loss import check_loss
+from shiq_lab.checks.report import FAILED, WARNED
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def example(name: str):  # type: ignore[no-untyped-def]
+    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.loss
+
+
+@pytest.mark.parametrize("name", ["my_shiq", "trl_like", "verl_like", "torchtune_like"])
+def test_the_right_examples_pass(name: str) -> None:
+    report = check_loss(example(name))
+    assert report.passed, [r.message for r in report.results if r.status == FAILED]
+
+
+def test_the_first_example_has_not_even_a_warning() -> None:
+    assert not [
+        r.name for r in check_loss(example("my_shiq"), like="shiq", strict=True).results if r.status in (FAILED, WARNED)
+    ]
+
+
+def test_the_walk_through_is_what_the_command_prints() -> None:
+    """Every FAIL line with its place and its hint, and the closing line, but for the seconds."""
+    report = check_loss(example("my_shiq_with_a_bug"))
+    shown = README.partition("check -q examples/my_shiq_with_a_bug.py:loss")[2].partition("```")[0]
+    plain = " ".join(shown.split())
+    told = re.findall(r"FAIL (\w+) (.*?) usually: (.*?)(?= FAIL| \.\.\.)", plain)
+    assert [code for code, _, _ in told] == ["MT", "TE"]
+    for code, message, hint in told:
+        assert (message, hint) == (report[code].message, report[code].hint)
+    assert f"{len(report.failed)} checks failed: {', '.join(report.failed)} ({len(report.results)} checks, " in plain
+
+
+def test_a_smoke_test_passes_the_example_with_the_bug() -> None:
+    """Finite, falling, gradient not zero: what README says of it."""
+    from shiq_lab.checks.bugs.losses import smoke
+
+    assert smoke(example("my_shiq_with_a_bug"))
+
+
+def test_the_table_of_fixed_points_is_that_of_the_docs() -> None:
+    docs = (ROOT / "docs" / "fixed_points.md").read_text(encoding="utf-8")
+    cells = lambda line: [c.strip().split(" (")[0] for c in line.strip("|").split("|")]  # noqa: E731
+    full = {cells(line)[0]: cells(line) for line in docs.splitlines() if line.startswith("| ")}
+    section = README.partition("## Which losses have pi*")[2].partition("## ")[0]
+    shown = [cells(line) for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(shown) > 20
+    for row in shown:
+        assert row == [*full[row[0]][:5], full[row[0]][7]]
+
+
+def test_every_public_name_in_the_readme_exists() -> None:
+    import shiq_lab
+
+    for name in set(re.findall(r"shiq_lab\.([a-z_A-Z]+)\(", README)) | {
+        "from_logprobs",
+        "from_response_logprobs",
+        "from_stats",
+    }:
+        assert hasattr(shiq_lab, name), name
