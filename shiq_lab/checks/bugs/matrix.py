@@ -84,15 +84,14 @@ class Matrix:
 def totals(matrix: Matrix) -> list[str]:
     """What follows from the matrix, a sentence each."""
     surveyed = {row.id.partition("-")[0] for row in matrix.rows}
-    caught = {row.id.partition("-")[0] for row in matrix.caught()} - {
-        row.id.partition("-")[0] for row in matrix.rows if not row.caught
-    }
+    missed = {row.id.partition("-")[0] for row in matrix.rows if not row.caught}
     passed, of = matrix.smoked()
-    single = {check: len(bugs) for check, bugs in sorted(matrix.alone().items())}
+    single = ", ".join(f"{len(bugs)} by {check}" for check, bugs in sorted(matrix.alone().items()))
     return [
-        f"{len(caught)} of {len(surveyed)} planted bugs are caught, and their {len(surveyed)} accepted twins pass",
-        f"{passed} of the {of} that a smoke test can be run on pass it (finite, falling, gradient not zero)",
-        "caught by one check alone: " + ", ".join(f"{n} by {check}" for check, n in single.items()),
+        f"{len(surveyed - missed)} of {len(surveyed)} bugs of the survey are caught ({len(matrix.rows)} plantings), and their "
+        "accepted twins pass",
+        f"{passed} of the {of} plantings that a smoke test can watch pass it (finite, falling, gradient not zero)",
+        f"caught by one check alone: {single}",
     ]
 
 
