@@ -11,8 +11,11 @@ from torch import Tensor
 
 import shiq_lab
 from shiq_lab.checks import likes
+from shiq_lab.checks.bugs import right_bellman, right_policy
 from shiq_lab.checks.bugs.plant import plant
-from shiq_lab.checks.loss import LOSS_CHECKS, check_loss, lenient, make_subject
+from shiq_lab.checks.fixed_point import identified
+from shiq_lab.checks.fixtures import fixture
+from shiq_lab.checks.loss import LOSS_CHECKS, TOO_COARSE, check_loss, lenient, make_subject
 from shiq_lab.checks.report import FAILED, PASSED, SKIPPED, WARNED, Check, Measured
 from shiq_lab.checks.runner import SubjectError, run_check, run_checks
 from shiq_lab.checks.traits import Traits, declare
@@ -32,8 +35,8 @@ PLANTED: list[tuple[str, str, list[tuple[str, str]], dict[str, Any], str]] = [
      "gradient at the optimum: 0.0672, expected at most 1.5e-13, over 3726 numbers (two turns, gamma 0.8, "
      "row 7 (<bos> x [a] [<eos>] y [a] [a]), position 2, token '<eos>')"),
     ("TE", "shiq", [("not terminated[b] and ", "False and ")], {},
-     "cut rows: gradient at the optimum: 0.279, expected at most 1.5e-13, over 3726 numbers (two turns, gamma 0.8, "
-     "row 26 (<bos> x [a] [a] => x [c]), position 5, token 'c')"),
+     "cut rows: gradient at the optimum: 1.11, expected at most 1.47e-13, over 1152 numbers (long rows, "
+     "row 13 (<bos> y x [a] [a] [a]), position 3, token 'a')"),
     ("IN", "dpo", [("pick(logits) - pick(ref_logits)", "pick(logits) - pick(2 * ref_logits)")], {},
      "gradient at model = reference, rewards 0: 0.953, expected at most 8.41e-14, over 5832 numbers (small, rewards 0, "
      "row 48 (<bos> x [a] [a] => x [b] [<eos>]), position 1, token '<eos>')"),
@@ -57,8 +60,8 @@ PLANTED: list[tuple[str, str, list[tuple[str, str]], dict[str, Any], str]] = [
      "batch against its parts, reduction 'sum' (the nearest of sum, row and token means): 0.751, expected at most 1.2e-13, "
      "over 972 numbers (two turns, gamma 0.8)"),
     ("SC", "shiq", [("beta * ratio", "beta * beta * ratio")], {},
-     "rewards and beta times 3: direction: 0.59, expected at most 1.57e-13, over 3726 numbers (two turns, gamma 0.8, "
-     "row 29 (<bos> x [b] [a] => x [a] [c]), position 5, token 'a'); best factor 26.99"),
+     "rewards and beta times 64: direction of the gradient: 0.836, expected at most 1.57e-13, over 3726 numbers "
+        "(two turns, gamma 0.8, row 29 (<bos> x [b] [a] => x [a] [c]), position 5, token 'c'); best factor 2.519e+06"),
     ("SC", "dpo", [("logsigmoid(beta *", "logsigmoid(beta * beta *")], {},
      "beta times 2 against log-ratios times 2: 0.234, expected at most 3.55e-12, over 12 numbers (small, pair 7); "
      "best factor 1.123"),
@@ -141,6 +144,91 @@ def test_reductions_are_inferred(denominator: str, note: str) -> None:
     loss = plant(plain_losses.shiq, ("return total / len(input_ids)", f"return total / {denominator}"))
     report = check_loss(loss, only=["BS"], traits={"empty_completions": False})
     assert report.passed and report.notes == [note]
+
+
+# ------------------------------------------------------------------------- what an attack on the suite had found
+@pytest.mark.parametrize(
+    ("code", "loss", "old", "new", "message"),
+    [
+        ("BS", right_bellman.shiq_weighted_sum, "(weights * (rho**2).sum(1))", "((rho**2).sum(1))", "rows weighted by"),
+        ("BS", right_policy.agro, "torch.unique(group_ids)", "range(2)", "groups under other ids"),
+        ("BS", right_policy.rloo, "total.detach(), group_ids)", "total.detach(), group_ids.clamp(max=1))", "groups under"),
+        ("FP", right_policy.actor_critic_joint, "(actor + 0.5 * critic)", "(actor - 0.5 * critic)", "pull on a state's value"),
+        ("IN", right_policy.ppo, "behavior_logprobs[:, 1:]", "logp.detach()", "change of the gradient with other behavior_log"),
+        ("SC", plain_losses.shiq, "rewards[b, i] -", "rewards[b, i].clamp(-10, 10) -", "rewards and beta times 64: "),
+        ("SC", plain_losses.shiq, "total = logits", "beta = max(beta, 0.05)\n    total = logits", "rewards and beta times 0.01"),
+        ("FP", plain_losses.dpo, "pick(logits) - ", "pick(logits).clamp(min=-12) - ", "gradient at the optimum: "),
+        ("FP", plain_losses.shiq, "beta * ratio", "beta * ratio.clamp(-10, 10)", "gradient at the optimum: "),
+        ("FP", plain_losses.shiq, "gamma * ahead\n", "(gamma if i < actions[0] + 4 else 1) * ahead\n", "gradient"),
+    ],
+)  # fmt: skip
+def test_what_once_slipped_through_is_caught(code: str, loss: Callable[..., Tensor], old: str, new: str, message: str) -> None:
+    assert check_loss(loss, only=[code])[code].status == PASSED
+    result = check_loss(plant(loss, (old, new)), only=[code])[code]
+    assert result.status == FAILED and result.message.startswith(message), result.message
+
+
+def test_slopes_that_are_not_finite_are_said_so() -> None:
+    case = fixture("small")
+    live = torch.from_numpy(case.mdp.allowed & case.mdp.is_policy[:, None])
+    nothing = lambda table: torch.full((int(live.sum()),), torch.nan, dtype=torch.float64)  # noqa: E731
+    subject = make_subject(plain_losses.shiq)
+    (found,) = identified(subject, case, torch.from_numpy(case.optimum()), live, nothing)
+    assert not found.holds and found.what == "slopes of the gradient at the optimum that are not finite"
+
+
+def test_global_state_is_put_back_and_its_change_named() -> None:
+    def careless(**arguments: Any) -> Tensor:
+        torch.set_default_dtype(torch.float64)
+        torch.manual_seed(0)
+        return plain_losses.shiq(**{k: arguments[k] for k in ("logits", "ref_logits", *SHIQ)})
+
+    state = torch.get_rng_state()
+    result = check_loss(careless, only=["PU"])["PU"]
+    assert torch.get_default_dtype() == torch.float32 and torch.equal(torch.get_rng_state(), state)
+    assert result.message.startswith("global settings of torch changed: 1, expected at most 0, over 6 numbers (two turns")
+    assert result.message.endswith("; changed: the default dtype")
+
+
+def test_half_precision_inside_is_too_coarse_to_judge() -> None:
+    def half(*, logits: Tensor, ref_logits: Tensor, **arguments: Any) -> Tensor:
+        low = {"logits": logits.bfloat16(), "ref_logits": ref_logits.bfloat16()}
+        return plain_losses.shiq(**low, **{k: arguments[k] for k in SHIQ})
+
+    report = check_loss(half)
+    assert report.failed == ["CALL"]
+    assert report["CALL"].message == TOO_COARSE
+
+
+def test_a_small_constant_is_no_rounding() -> None:
+    loss = plant(plain_losses.dpo, ("x[:, :-1].log_softmax(-1).gather", "(x[:, :-1].softmax(-1) + 1e-8).log().gather"))
+    assert check_loss(loss, only=["FP"])["FP"].status == FAILED
+
+
+def test_a_loss_of_another_kind_is_told_so() -> None:
+    notes = check_loss(plain_losses.reinforce, kind="bellman").notes
+    assert notes[0] == (
+        "the level of the logits does not enter this loss: perhaps its kind is not bellman but policy_only, on_policy or "
+        "preference (--kind)"
+    )
+    notes = check_loss(likes.lookup("easy"), traits={"readout": "shifted"}).notes
+    assert "the gradient does vanish at the optimum of readout='log_policy': declare it if it is meant" in notes
+
+
+@pytest.mark.parametrize("name", ["shiq", "shifted", "easy", "sequence", "tbrm"])
+def test_known_losses_are_recognised(name: str) -> None:
+    assert f"row by row it is {name!r}, up to a factor" in check_loss(likes.lookup(name)).notes
+
+
+def test_a_check_that_breaks_says_so_and_the_others_go_on() -> None:
+    def broken(subject: Any) -> Iterator[Measured]:
+        raise RuntimeError("no such luck")
+        yield
+
+    fine = lambda subject: iter([Measured("gap", 0.0, 1.0, 1)])  # noqa: E731
+    report = run_checks([Check("A", "a", broken, ""), Check("B", "b", fine, "")], None, name="loss", kind="bellman")
+    assert report.failed == ["A"] and report["B"].status == PASSED
+    assert report["A"].message == "the check itself could not finish (RuntimeError: no such luck): please report this"
 
 
 # ------------------------------------------------------------------------------------------------------- masks

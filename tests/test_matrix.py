@@ -65,7 +65,7 @@ def test_every_row_of_the_survey_is_caught(computed: Matrix) -> None:
 
 @pytest.mark.slow
 def test_the_published_matrix_is_the_computed_one(computed: Matrix) -> None:
-    """docs/planted_bugs.md whole, and the totals in README.md; to write the page anew: PAGE.write_text(matrix.to_markdown(...))."""
+    """docs/planted_bugs.md whole, and the totals in README.md; PAGE.write_text(matrix.to_markdown(...)) writes it anew."""
     assert PAGE.read_text(encoding="utf-8") == matrix.to_markdown(computed)
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     passed, of = computed.smoked()

@@ -11,7 +11,7 @@ from shiq_lab.checks.comparing import same, spot
 from shiq_lab.checks.fixtures import LOW, Inputs
 from shiq_lab.checks.invariance import mixed
 from shiq_lab.checks.report import Measured, Skip
-from shiq_lab.checks.subject import NotALoss, Subject
+from shiq_lab.checks.subject import GLOBALS, NotALoss, Subject
 from shiq_lab.checks.tolerances import DIFFERENCE, EPS, SAME
 
 
@@ -156,9 +156,11 @@ def purity(subject: Subject) -> Iterator[Measured]:
     subject.raw(given)
     changed = [k for k, v in kept.items() if not torch.equal(v, given[k])]
     detail = f"changed: {', '.join(changed)}" if changed else ""
+    left = sorted(subject.disturbed)
+    seen = f"changed: {', '.join(left)}" if left else ""
+    yield Measured("global settings of torch changed", float(len(left)), 0.0, len(GLOBALS), inputs.environment, detail=seen)
     yield Measured("inputs changed in place", float(len(changed)), 0.0, len(kept), inputs.environment, detail=detail)
-    critic = "values" in subject.names and subject.traits.kind == "on_policy" and not subject.traits.trains_values
-    watch = ("values",) if critic else ()
+    watch = ("values",) if "values" in subject.names and not subject.traits.trains_values else ()
     for name, grad in subject.call(inputs, watch=watch).others.items():
         worst = 0.0 if grad is None else float(torch.nan_to_num(grad, nan=torch.inf).abs().max())
         hint = f"The loss trains {name}: detach it, or declare trains_values=True for a joint critic loss."

@@ -98,6 +98,17 @@ def couples(inputs: Inputs, chances: Tensor) -> tuple[Inputs, Tensor]:
     return out.change(group_ids=torch.arange(len(first)).repeat_interleave(2)), weight.repeat_interleave(2)
 
 
+def row_gradients(subject: Subject, inputs: Inputs) -> Tensor:
+    """The gradient by logits, float[B, L, V]. A loss that compares all rows of its batch is shown one prompt at a time."""
+    if subject.traits.kind != "policy_only" or {"group_ids", "values"} & subject.names:
+        return subject.call(inputs).grad
+    ids = inputs.batch.group_ids
+    out = torch.zeros_like(inputs.logits)
+    for i in ids.unique():
+        out[ids == i] = subject.call(inputs.rows((ids == i).nonzero()[:, 0])).grad
+    return out
+
+
 def expected_gradient(subject: Subject, case: Fixture, table: Floats, *, per_token: bool = False) -> Tensor:
     """The population gradient by the table, float[S, V]: exact chances times the gradients of the listing's rows.
 
@@ -117,4 +128,4 @@ def expected_gradient(subject: Subject, case: Fixture, table: Floats, *, per_tok
     else:
         chance = case.listing.weights[: len(inputs.batch)]
     weight = chance * lengths(inputs) if per_token else chance
-    return by_state(weight[:, None, None] * subject.call(inputs).grad, inputs, case)
+    return by_state(weight[:, None, None] * row_gradients(subject, inputs), inputs, case)

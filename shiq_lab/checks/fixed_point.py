@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shiq_lab.checks.comparing import expected_gradient, realigned, same, spot
+from shiq_lab.checks.comparing import expected_gradient, realigned, row_chances, row_gradients, same, spot
 from shiq_lab.checks.fixtures import Fixture, Inputs, fixture, fixtures
 from shiq_lab.checks.report import Measured, Skip
 from shiq_lab.checks.subject import Subject, arrange
@@ -23,7 +23,42 @@ SURE = 1e-3  # share of the usual gradient that a wrong ending must at least giv
 
 def fixed_point(subject: Subject) -> Iterator[Measured]:
     """FP: at the exact optimum the gradient is 0: in a deterministic world for every row, for others in expectation."""
-    yield from stationary(subject, ("one turn", "terminal reward"))
+    yield from stationary(subject, ("one turn", "terminal reward", "long rows", "large q / beta"))
+    if subject.traits.trains_values and "values" in subject.names:
+        yield from critic(subject)
+
+
+def critic(subject: Subject) -> Iterator[Measured]:
+    """The gradient by `values` is 0 at the exact critic, and pulls the value of any one state back that is too high."""
+    case = fixture("small" if subject.traits.multi_turn else "one turn", subject.gammas[-1])
+    table = case.optimum(subject.traits.readout) if subject.traits.kind == "policy_only" else case.perturbed(1)
+    inputs = arrange(subject, case, table)
+    chance = row_chances(case, table) if subject.traits.kind == "on_policy" else case.listing.weights
+    before = torch.nn.functional.pad(inputs.batch.known_states(), (1, 0), value=-1)[:, :-1]
+    acted = inputs.batch.completion_mask == 1
+
+    def pull(values: Tensor) -> Tensor:
+        """The expected gradient by the value of every state, float[S]."""
+        grad = subject.call(inputs.change(values=values), watch=("values",)).others["values"]
+        rows = torch.zeros_like(values) if grad is None else grad.double().cpu()
+        state = torch.where(acted, before, case.mdp.n_states).flatten()
+        weighted = (chance[: len(rows), None] * rows).flatten()
+        return torch.zeros(case.mdp.n_states + 1, dtype=torch.float64).index_add_(0, state, weighted)[:-1]
+
+    states = [int(s) for s in before[acted].unique()]
+    raised = {s: pull(inputs.values + (acted & (before == s)).double())[s] for s in states}
+    used = {s: x for s, x in raised.items() if x != 0} or raised  # DRO-V reads the first state's value alone
+    size = max(float(abs(x)) for x in raised.values())
+    bound = SUMS * subject.eps * inputs.size
+    at = float(pull(inputs.values).abs().max())
+    hint = "The critic's target, sign or detach is wrong: it is not pulled to the exact value."
+    yield Measured(
+        "gradient by values at the exact critic", at / size if size else torch.nan, bound, len(states), case.name, hint=hint
+    )
+    worst = min(used, key=lambda s: float(used[s]))
+    what = "pull on a state's value that is 1 too high, as a share of the largest"
+    share = float(used[worst]) / size if size else 0.0
+    yield Measured(what, share, SURE, len(used), case.name, case.mdp.place(worst), at_least=True, hint=hint)
 
 
 def multi_turn(subject: Subject) -> Iterator[Measured]:
@@ -57,10 +92,7 @@ def settled(subject: Subject, case: Fixture, table: Floats, batch: object = None
         grad = inputs.pair_weights[:, None, None] * subject.call(inputs).grad
         half = len(inputs.reverse)
         return grad[:half] + grad[half:][inputs.reverse]
-    if subject.traits.kind == "policy_only" and not {"group_ids", "values"} & subject.names:
-        ids = inputs.batch.group_ids  # a loss that compares all rows of its batch is shown one prompt at a time
-        return torch.cat([subject.call(inputs.rows((ids == i).nonzero()[:, 0])).grad for i in ids.unique()])
-    return subject.call(inputs).grad
+    return row_gradients(subject, inputs)
 
 
 def vanishing(
@@ -123,9 +155,10 @@ def longer_observations(subject: Subject) -> Iterator[Measured]:
 # ------------------------------------------------------------------------------------------------------ endings
 def endings(subject: Subject) -> Iterator[Measured]:
     """TE: cut rows bootstrap, ended rows do not: at the optimum the first vanish, and calling them ended must not."""
-    if not subject.traits.cut_rows:
+    if not subject.traits.cut_rows and not (subject.traits.kind == "trajectory" and reads_endings(subject)):
         raise Skip("the loss does not bootstrap cut rows (trait cut_rows)")
-    for case in fixtures(("one turn", "two turns") if subject.traits.multi_turn else ("one turn",), subject.gammas):
+    names = ("one turn", "two turns", "long rows") if subject.traits.multi_turn else ("one turn", "long rows")
+    for case in fixtures(names, subject.gammas):
         optimum, batch = case.optimum(subject.traits.readout), case.cut_rows()
         at = settled(subject, case, optimum, batch)
         away = settled(subject, case, case.perturbed(2, optimum), batch)
@@ -147,6 +180,14 @@ def endings(subject: Subject) -> Iterator[Measured]:
         )
 
 
+def reads_endings(subject: Subject) -> bool:
+    """Whether `terminated` changes the gradient of cut rows: then the loss means to bootstrap them."""
+    case = fixture("one turn", subject.gammas[-1])
+    inputs = arrange(subject, case, case.perturbed(4), case.cut_rows())
+    ended = inputs.change(terminated=torch.ones_like(inputs.batch.terminated))
+    return not torch.equal(subject.call(inputs).grad, subject.call(ended).grad)
+
+
 # ----------------------------------------------------------------------------------------- model = reference
 def at_reference(subject: Subject) -> Iterator[Measured]:
     """IN: without rewards the reference is the optimum; at model = reference nothing depends on what the reference is."""
@@ -163,6 +204,25 @@ def at_reference(subject: Subject) -> Iterator[Measured]:
             yield vanishing(subject, case, at, away, "gradient at model = reference, rewards 0", rows)
         if subject.traits.readout == "shifted" and not subject.traits.semi_gradient:
             yield _ratio_one(subject, plain)
+    if subject.traits.kind == "on_policy" and "behavior_logprobs" in subject.names:
+        yield _behavior_matters(subject)
+
+
+def _behavior_matters(subject: Subject) -> Measured:
+    """Rows of another policy: a loss that asks for behavior_logprobs must weigh them by the ratio."""
+    case = fixture("one turn", subject.gammas[-1])
+    table = case.perturbed(1)
+    own = arrange(subject, case, table)
+    other = case.inputs(table, behavior=case.policy(case.perturbed(1, table, 0.05)))  # near enough to stay inside any clip
+    away = own.change(behavior_logprobs=other.behavior_logprobs[: len(own.batch)])
+    one, two = subject.call(own), subject.call(away)
+    moved = float((one.grad - two.grad).abs().max() / one.grad.abs().max().clamp(min=1e-300))
+    note = "clipping of ratios is compared only with like="
+    if subject.like is None and note not in subject.notes:
+        subject.notes.append(note)
+    what = "change of the gradient with other behavior_logprobs"
+    hint = "The ratio is taken to the policy's own log-probs: rows of another policy are not corrected."
+    return Measured(what, moved, SURE, one.grad.numel(), case.name, at_least=True, hint=hint)
 
 
 def _ratio_one(subject: Subject, case: Fixture) -> Measured:
@@ -207,6 +267,11 @@ def identified(subject: Subject, case: Fixture, optimum: Tensor, live: Tensor, s
         move[state, token] = h
         columns.append((slope(optimum + move) - slope(optimum - move)) / (2 * h))
     jacobian = torch.stack(columns, 1)
+    if not torch.isfinite(jacobian).all():
+        what = "slopes of the gradient at the optimum that are not finite"
+        odd = float((~torch.isfinite(jacobian)).sum())
+        yield Measured(what, odd, 0.0, jacobian.numel(), case.name, hint="A root or a logarithm of something that is 0 there.")
+        return
     size = float(jacobian.abs().max())
     floor = DIFFERENCE * subject.eps ** (2 / 3)
     values = torch.linalg.eigvals(jacobian / size if size > 0 else jacobian)

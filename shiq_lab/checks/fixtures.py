@@ -225,11 +225,13 @@ def fixture(name: str, gamma: float = 1.0) -> Fixture:
         ),
         "small": ([PROMPTS, Act(2, (A,), stop=EOS), Say(reply), Act(2, (B,), stop=EOS)], {"seed": 14}),
         "one length": ([PROMPTS, Act(1, (A, B)), Say({(Y,): 1.0}), Act(1, (A, C))], {"seed": 15}),
+        "long rows": ([PROMPTS, Act(7, (A,), stop=EOS)], {"seed": 21}),
+        "large q / beta": ([PROMPTS, Act(3, (A, B), stop=EOS)], {"seed": 11, "thin": 0.15}),
         "random tool": ([PROMPTS, Act(1, (A, B)), Say(coin), Act(2, (C,), stop=EOS)], {"seed": 16}),
     }
     said, options = turns[name]
     label = name if gamma == 1.0 else f"{name}, gamma {gamma}"
-    return Fixture(label, automaton(said, name=name, **options), beta=0.7, gamma=gamma)
+    return Fixture(label, automaton(said, name=name, **options), beta=0.05 if name == "large q / beta" else 0.7, gamma=gamma)
 
 
 def fixtures(names: tuple[str, ...], gammas: tuple[float, ...]) -> Iterator[Fixture]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shiq_lab.batch import pack
-from shiq_lab.checks.comparing import by_state, expected_gradient, proportional, realigned, same, spot
+from shiq_lab.checks.comparing import AXES, by_state, expected_gradient, proportional, realigned, same, spot
 from shiq_lab.checks.fixed_point import ways
 from shiq_lab.checks.fixtures import EOS, LOW, A, Fixture, Inputs, fixture, fixtures
 from shiq_lab.checks.report import Measured, Skip
@@ -87,10 +87,27 @@ def batches(subject: Subject) -> Iterator[Measured]:
         inputs = inputs.rows([row for part in parts for row in part])
         local = [list(range(end - len(part), end)) for part, end in zip(parts, ends, strict=True)]
     yield from reordered(subject, inputs, local)
+    if subject.grouped:
+        renamed = inputs.change(group_ids=5 + 7 * (inputs.batch.group_ids.max() - inputs.batch.group_ids))
+        yield from same(subject, subject.call(renamed), subject.call(inputs), inputs, "groups under other ids")
+    if "weights" in subject.names and not subject.grouped:
+        yield _weighted(subject, inputs)
     if len(local) > 1:
         whole = subject.call(inputs)
         single = [trimmed(subject, inputs.rows(part)) for part in local]
         yield _reduction(subject, inputs, whole, single, local)
+
+
+def _weighted(subject: Subject, inputs: Inputs) -> Measured:
+    """With weights, every row's gradient is its own times its weight, up to one factor."""
+    count = len(inputs.batch) // 2 if subject.traits.kind == "preference" else len(inputs.batch)
+    w = torch.from_numpy(np.random.default_rng(4).uniform(0.5, 1.5, count))
+    w = torch.cat([w, w]) if subject.traits.kind == "preference" else w
+    gaps, factor = proportional(subject.call(inputs.change(weights=w)).grad, w[:, None, None] * subject.call(inputs).grad)
+    gap, where = spot(gaps if factor > 0 else torch.full_like(gaps, torch.inf), inputs)
+    bound = SAME * subject.eps * inputs.size
+    hint = "`weights` are taken and not used, or not linearly."
+    return Measured("rows weighted by `weights`", gap, bound, gaps.numel(), inputs.environment, where, hint=hint)
 
 
 def trimmed(subject: Subject, inputs: Inputs) -> Called:
@@ -106,6 +123,8 @@ def reordered(subject: Subject, inputs: Inputs, local: list[list[int]]) -> Itera
     shuffled = np.random.default_rng(0).permutation(len(local)).tolist()
     if subject.traits.kind == "preference":
         order = [local[k][0] for k in shuffled] + [local[k][1] for k in shuffled]
+    elif subject.grouped:
+        order = np.random.default_rng(0).permutation(len(inputs.batch)).tolist()  # groups need not be contiguous
     else:
         order = [i for k in shuffled for i in reversed(local[k])]
     want = subject.call(inputs)
@@ -128,6 +147,7 @@ def _reduction(subject: Subject, inputs: Inputs, whole: Called, single: list[Cal
         "token mean": share(per(tokens)),
         "mean over groups": share(torch.ones_like(rows)),
         "mean over pairs in groups": share(rows * (rows - 1)),
+        "sum over pairs, of all rows squared": (rows / rows.sum()) ** 2,
     }
     allowed = {
         "mean of row means": ("row mean", "row mean of rows with actions", "mean over groups", "mean over pairs in groups"),
@@ -185,15 +205,24 @@ def scaling(subject: Subject) -> Iterator[Measured]:
     if subject.traits.kind == "preference":
         yield _doubled_ratios(subject)
         return
-    _, inputs = mixed(subject)
-    c = 3.0
-    more = inputs.change(rewards=c * inputs.batch.rewards, values=c * inputs.values, beta=c * inputs.beta)
-    got, want = subject.call(more), subject.call(inputs)
-    gaps, factor = proportional(got.grad, want.grad)
-    gap, where = spot(gaps if factor > 0 else torch.full_like(gaps, torch.inf), inputs)
+    case, inputs = mixed(subject)
+    table = case.perturbed(1)
     bound = SAME * subject.eps * inputs.size
-    seen = f"best factor {factor:.4g}"
-    yield Measured("rewards and beta times 3: direction", gap, bound, gaps.numel(), inputs.environment, where, detail=seen)
+    for c in (3.0, 64.0, 1 / 64):  # far enough to meet a clip; powers of two round nothing
+        axes: tuple[str, ...] = AXES
+        if subject.traits.kind == "on_policy":  # a baseline may stay as it is: it has no part in the expectation
+            small = fixture("small" if subject.traits.multi_turn else "one turn", subject.gammas[-1])
+            more = Fixture(small.name, replace(small.mdp, reward=c * small.mdp.reward), c * small.beta, small.gamma)
+            table = small.perturbed(1)
+            got, want = (expected_gradient(subject, f, table) for f in (more, small))
+            rows, axes = None, ("state", "token")
+        else:
+            more_ = inputs.change(rewards=c * inputs.batch.rewards, values=c * inputs.values, beta=c * inputs.beta)
+            got, want, rows = subject.call(more_).grad, subject.call(inputs).grad, inputs
+        gaps, factor = proportional(got, want)
+        gap, where = spot(gaps if factor > 0 else torch.full_like(gaps, torch.inf), rows, axes)
+        what = f"rewards and beta times {c:g}: direction of the gradient"
+        yield Measured(what, gap, bound, gaps.numel(), inputs.environment, where, detail=f"best factor {factor:.4g}")
 
 
 def _doubled_ratios(subject: Subject) -> Measured:

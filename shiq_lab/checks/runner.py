@@ -52,6 +52,10 @@ def run_check(check: Check, subject: Any, expected: str | None = None, strict: b
         return Result(check.name, check.title, SKIPPED, reason=str(skip), seconds=time.perf_counter() - begin)
     except SubjectError as error:
         status, message, worst = FAILED, str(error), None
+    except Exception as error:  # the other checks still have something to say
+        text = " ".join(str(error).split())
+        status, worst = FAILED, None
+        message = f"the check itself could not finish ({type(error).__name__}: {text}): please report this"
     reason = ""
     if expected is not None:
         reason = expected

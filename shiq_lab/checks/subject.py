@@ -1,11 +1,14 @@
 """The loss under test: what it asks for, a guarded call, its gradient, the precision that it really computes in."""
 
 import inspect
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +52,7 @@ class Subject:
     device: str = "cpu"
     dtypes: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    disturbed: set[str] = field(default_factory=set)  # what of torch's global state the loss changed
     seconds: float | None = None  # time limit of one call, of the backward pass too
 
     @cached_property
@@ -66,7 +70,10 @@ class Subject:
             if positional or (p.default is p.empty and p.name not in known and p.name not in self.options):
                 remedy = "Adapt its signature with shiq_lab.checks.adapters, or give the argument a default."
                 raise bad(self.name, f"keyword arguments among {', '.join(known)}", f"argument {p.name!r}", remedy)
-        return frozenset(p.name for p in parameters if p.name in known)
+        found = frozenset(p.name for p in parameters if p.name in known)
+        if "logits" not in found:
+            raise bad(self.name, "a loss that takes `logits`", f"arguments {', '.join(p.name for p in parameters) or '()'}")
+        return found
 
     @property
     def gammas(self) -> tuple[float, ...]:
@@ -101,7 +108,8 @@ class Subject:
     def raw(self, arguments: dict[str, Any]) -> Any:
         """The plain call; what the user's code raises becomes a verdict that names the user's own line."""
         try:
-            return self.loss(**arguments)
+            with undisturbed(self.disturbed):
+                return self.loss(**arguments)
         except TimedOut as late:
             raise SubjectError(str(late)) from None
         except Exception as error:
@@ -140,9 +148,10 @@ class Subject:
         """The rounding of the arithmetic that the loss uses: coarser than float64's if rounding its inputs changes nothing."""
         # The level of the logits makes the value depend on every digit; fixture "small" is the cheapest call.
         inputs = self.plain(fixture("small"))
-        exact = self.call(inputs).grad
+        exact = self.call(inputs)
         for name in ("bfloat16", "float16", "float32"):
-            if torch.equal(self.call(_rounded(inputs, getattr(torch, name))).grad, exact):
+            lower = self.call(_rounded(inputs, getattr(torch, name)))
+            if torch.equal(lower.grad, exact.grad) and torch.equal(lower.value, exact.value):
                 self.notes.append(f"computes in {name} although its inputs are float64; tolerances are {name}'s")
                 return EPS[name]
         return EPS["float64"]
@@ -150,6 +159,33 @@ class Subject:
     def plain(self, case: Fixture, table: Any = None) -> Inputs:
         """A fixture's whole listing at a random table (default), as this kind of loss wants it."""
         return arrange(self, case, case.perturbed(1) if table is None else table)
+
+
+@contextmanager
+def undisturbed(changed: set[str]) -> Iterator[None]:
+    """Puts torch's global state back as it was, random numbers too; names what differed in `changed`."""
+    kept = {name: get() for name, (get, _) in GLOBALS.items()}
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        for name, (get, put) in GLOBALS.items():
+            if get() != kept[name]:
+                changed.add(name)
+                put(kept[name])
+        torch.set_rng_state(torch_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
+
+
+GLOBALS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "the default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "the default device": (torch.get_default_device, torch.set_default_device),
+    "the grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "deterministic algorithms": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    "anomaly detection": (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    "the number of threads": (torch.get_num_threads, torch.set_num_threads),
+}
 
 
 def arrange(subject: Subject, case: Fixture, table: Any, batch: Any = None) -> Inputs:
