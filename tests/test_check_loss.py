@@ -152,14 +152,14 @@ def test_reductions_are_inferred(denominator: str, note: str) -> None:
     [
         ("BS", right_bellman.shiq_weighted_sum, "(weights * (rho**2).sum(1))", "((rho**2).sum(1))", "rows weighted by"),
         ("BS", right_policy.agro, "torch.unique(group_ids)", "range(2)", "groups under other ids"),
-        ("BS", right_policy.rloo, "total.detach(), group_ids)", "total.detach(), group_ids.clamp(max=1))", "groups under"),
+        ("BS", right_policy.rloo, "total.detach(), group_ids)", "total.detach(), group_ids.clamp(max=1))", "groups"),
         ("FP", right_policy.actor_critic_joint, "(actor + 0.5 * critic)", "(actor - 0.5 * critic)", "pull on a state's value"),
-        ("IN", right_policy.ppo, "behavior_logprobs[:, 1:]", "logp.detach()", "change of the gradient with other behavior_log"),
-        ("SC", plain_losses.shiq, "rewards[b, i] -", "rewards[b, i].clamp(-10, 10) -", "rewards and beta times 64: "),
+        ("IN", right_policy.ppo, "behavior_logprobs[:, 1:]", "logp.detach()", "change of the gradient with other"),
+        ("SC", plain_losses.shiq, "rewards[b, i] -", "rewards[b, i].clamp(-10, 10) -", "rewards and beta times 64"),
         ("SC", plain_losses.shiq, "total = logits", "beta = max(beta, 0.05)\n    total = logits", "rewards and beta times 0.01"),
-        ("FP", plain_losses.dpo, "pick(logits) - ", "pick(logits).clamp(min=-12) - ", "gradient at the optimum: "),
-        ("FP", plain_losses.shiq, "beta * ratio", "beta * ratio.clamp(-10, 10)", "gradient at the optimum: "),
-        ("FP", plain_losses.shiq, "gamma * ahead\n", "(gamma if i < actions[0] + 4 else 1) * ahead\n", "gradient"),
+        ("FP", plain_losses.dpo, "pick(logits) - ", "pick(logits).clamp(min=-12) - ", "gradient at"),
+        ("FP", plain_losses.shiq, "beta * ratio", "beta * ratio.clamp(-10, 10)", "gradient at"),
+        ("FP", plain_losses.shiq, "gamma * ahead\n", "(gamma if i < actions[0] + 4 else 1) * ahead\n", "grad"),
     ],
 )  # fmt: skip
 def test_what_once_slipped_through_is_caught(code: str, loss: Callable[..., Tensor], old: str, new: str, message: str) -> None:
@@ -218,6 +218,17 @@ def test_a_loss_of_another_kind_is_told_so() -> None:
 @pytest.mark.parametrize("name", ["shiq", "shifted", "easy", "sequence", "tbrm"])
 def test_known_losses_are_recognised(name: str) -> None:
     assert f"row by row it is {name!r}, up to a factor" in check_loss(likes.lookup(name)).notes
+
+
+def test_a_mean_over_a_rows_own_tokens_is_recognised() -> None:
+    report = check_loss(right_bellman.shiq_row_means)
+    assert "row by row it is 'shiq', over its number of actions" in report.notes
+    assert "reduction, declared: mean of row means" in report.notes
+
+
+def test_every_check_has_its_planted_bug_here() -> None:
+    """PLANTED names each check of the table but four, whose bugs need options, packed rows, no effect or NaN: tests below."""
+    assert {p[0] for p in PLANTED} | {"CF", "PK", "CS", "MI"} == {check.name for check in LOSS_CHECKS}
 
 
 def test_a_check_that_breaks_says_so_and_the_others_go_on() -> None:

@@ -135,8 +135,10 @@ def recognised(subject: Subject) -> str:
         theirs = traits_of(other)
         if (theirs.kind, theirs.readout) == (subject.traits.kind, subject.traits.readout):
             twin = replace(subject, like=Subject(other, name, theirs), notes=[])
-            if all(m.holds for m in against.oracle(twin)):
-                return f"row by row it is {name!r}, up to a factor"
+            found = list(against.oracle(twin))
+            if all(m.holds for m in found):
+                shares = [m for m in found if "one over the number of actions" in m.detail]
+                return f"row by row it is {name!r}, " + ("over its number of actions" if shares else "up to a factor")
     return "row by row it equals none of the package's losses, though it shares their optimum: compare with --like if it should"
 
 
