@@ -30,6 +30,7 @@ _HOME = {
     "check_trainer": "checks.trainer.suite",
     "check_rollout": "checks.rollout.suite",
     "check_distributed": "checks.distributed.suite",
+    "component_signature": "checks.components.suite",
     "declare": "checks.traits",
     "from_logprobs": "checks.adapters",
     "from_response_logprobs": "checks.adapters",

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ from rich.table import Table
 
 from shiq_lab import envs
 from shiq_lab.bellman import Solution, solve
+from shiq_lab.checks.traits import Traits
 from shiq_lab.errors import at_least, bad
 from shiq_lab.losses import methods
 from shiq_lab.mdp import TokenMDP
@@ -27,6 +29,7 @@ from shiq_lab.mdp import TokenMDP
 # A pipe has no width of its own; and a narrow terminal wraps a table better than cut numbers would read.
 out = Console(width=None if sys.stdout.isatty() and Console().width >= 100 else 110)
 err = Console(stderr=True)
+TRAITS = ", ".join(field.name for field in fields(Traits))
 
 
 class _Commands(typer.core.TyperGroup):
@@ -261,9 +264,10 @@ def selftest(
     import torch
 
     if matrix:
-        raise typer.Exit(0 if _planted_bugs(bool(env) or figure is not None or table, json_) else 1)
+        given = ["--table"] * table + [f"--env {name}" for name in env or ()] + ([f"--figure {figure}"] if figure else [])
+        raise typer.Exit(0 if _planted_bugs(given, json_) else 1)
     if table:
-        raise typer.Exit(0 if _fixed_points(bool(env), figure, json_) else 1)
+        raise typer.Exit(0 if _fixed_points(env or [], figure, json_) else 1)
 
     from shiq_lab import plotting
     from shiq_lab.selftest import run
@@ -285,15 +289,16 @@ def selftest(
     raise typer.Exit(0 if report.passed else 1)
 
 
-def _fixed_points(env: bool, figure: Path | None, json_: bool) -> bool:
+def _fixed_points(env: list[str], figure: Path | None, json_: bool) -> bool:
     """Print the fixed-point table; is everything as theory predicts?"""
     import torch
 
     from shiq_lab import fixed_points
 
-    for given, option in ((env, "--env"), (figure is not None, "--figure")):
+    for option, given in (("--env", env), ("--figure", [str(figure)] if figure is not None else [])):
         if given:
-            raise bad(option, "nothing beside --table, which has automata of its own and draws no figure", "a value")
+            said = ", ".join(map(repr, given))
+            raise bad(option, "nothing beside --table, which has automata of its own and draws no figure", said)
     torch.set_num_threads(1)  # small tables: more threads only wait for each other
     rows = fixed_points.table()
     good = sum(r.holds for r in rows)
@@ -308,20 +313,23 @@ def _fixed_points(env: bool, figure: Path | None, json_: bool) -> bool:
         cells = [short.get(cell, f"[yellow]{cell.split()[0]}[/yellow]") for cell in line.cells]
         view.add_row(line.loss if line.holds else f"[red]{line.loss}: not as predicted[/red]", *cells, line.fixes)
     out.print(view)
-    out.print("yes: the exact expected gradient at the optimum is 0 to rounding; no: a million times that size", style="dim")
+    out.print(
+        "yes: the exact expected gradient at the optimum is 0 to rounding; no: at least a million times the rounding",
+        style="dim",
+    )
     for row in [r for r in rows if not r.holds]:
         out.print(f"[red]FELL SHORT[/red] {row}")
     out.print(f"{good}/{len(rows)} expected gradients as theory predicts")
     return good == len(rows)
 
 
-def _planted_bugs(more: bool, json_: bool) -> bool:
+def _planted_bugs(more: list[str], json_: bool) -> bool:
     """Print the matrix check x bug; is every planted bug caught, and its accepted twin not?"""
     from shiq_lab.checks.bugs import matrix
     from shiq_lab.progress import progress
 
     if more:
-        raise bad("--matrix", "no other option than --json beside it", "another")
+        raise bad("--matrix", "no other option than --json beside it", ", ".join(more))
     jobs = matrix.ids()
     rows = list(progress(matrix.compute(), "planted bugs", total=len(jobs)))
     found = matrix.Matrix(rows)
@@ -441,10 +449,14 @@ def train_table(
 def check_losses(
     losses: Annotated[list[str] | None, typer.Argument(metavar="LOSS...", help="FILE.py:NAME or package.module:NAME.")] = None,
     kind: Annotated[str | None, typer.Option(help="bellman, trajectory, policy_only, on_policy or preference.")] = None,
-    like: Annotated[str | None, typer.Option(help="A reference loss by name: must equal it up to a factor.")] = None,
+    like: Annotated[
+        str | None, typer.Option(help="A reference loss, by name or FILE.py:NAME: must equal it up to a factor.")
+    ] = None,
     expect_fail: Annotated[list[str] | None, typer.Option(metavar="CHECK=REASON", help="Must fail. Repeatable.")] = None,
-    trait: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="What the loss declares. Repeatable.")] = None,
-    only: Annotated[list[str] | None, typer.Option(metavar="CHECK", help="Only this check. Repeatable.")] = None,
+    trait: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help=f"What the loss declares: {TRAITS}. Repeatable.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="CHECK", help="Only this check; several by commas.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings are failures.")] = False,
     device: Annotated[str, typer.Option(help="Where the loss is called.")] = "cpu",
     dtype: Annotated[list[str] | None, typer.Option(help="A lower precision to run too. Repeatable.")] = None,
@@ -453,7 +465,7 @@ def check_losses(
     junit: Annotated[str | None, typer.Option(metavar="FILE", help="The report as JUnit XML.")] = None,
     html: Annotated[str | None, typer.Option(metavar="FILE", help="The report as one HTML file.")] = None,
     markdown: Annotated[str | None, typer.Option(metavar="FILE", help="A summary in Markdown.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only failures and the verdict.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only failures, warnings and the verdict.")] = False,
 ) -> None:
     """Does your loss have the right fixed point? Exit 0: all checks hold; 1: a check failed; 2: it could not be run."""
     from shiq_lab.checks import command

@@ -101,7 +101,16 @@ def test_losses_of_statistics_pack_and_get_what_they_name() -> None:
         (lambda: from_logprobs(lambda logps: logps.sum()), "names: expected a meaning for 'logps' among "),
         (lambda: from_logprobs(lambda logps: logps.sum(), {"logps": "log_probs"}), "a meaning for 'logps' among "),
         (lambda: from_logprobs(lambda logprobs: logprobs.sum(), semi_grad=True), "Did you mean 'semi_gradient'?"),
-        (lambda: from_stats(plain_losses.shiq, reduced="sum"), "Did you mean 'reduction'?"),
+        (lambda: from_stats(shiq_lab.shiq_loss, reduced="sum"), "Did you mean 'reduction'?"),
+        (
+            lambda: from_logprobs(lambda logprobs: 0, {"lp": "logprobs"}),
+            "names: expected arguments of the loss: logprobs, got 'lp'",
+        ),
+        (lambda: from_logprobs(lambda logp: 0, {"logp": "logprob"}), ", got 'logprob'."),
+        (lambda: from_logprobs(3), "loss: expected a function, got 3."),  # type: ignore[arg-type]
+        (lambda: from_stats(lambda logp, ref, m, scores: 0), "arguments logp, ref, m, scores"),
+        (lambda: from_stats(plain_losses.shiq), "loss: expected loss(policy_stats, ref_stats, batch, *, beta"),
+        (lambda: shiq_lab.declare(plain_losses.shiq), "declare: expected traits as keywords"),
     ],
 )
 def test_bad_adapters_are_named(call: Callable[[], Any], message: str) -> None:

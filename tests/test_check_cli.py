@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from inspect import signature
 from io import StringIO
 from pathlib import Path
@@ -22,6 +22,7 @@ from shiq_lab import cli
 from shiq_lab.checks import command, loading, timelimit
 from shiq_lab.checks.loading import blame, load_loss
 from shiq_lab.checks.timelimit import TimedOut, limited, time_limit
+from shiq_lab.checks.traits import Traits
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = f"{ROOT / 'examples' / 'my_shiq.py'}:loss"
@@ -152,7 +153,7 @@ def test_exit_2_when_the_loss_raises(body: str, verdict: str, user, check) -> No
 def test_exit_2_when_the_loss_needs_other_arguments(tmp_path: Path, check) -> None:  # type: ignore[no-untyped-def]
     tmp_path.joinpath("mine.py").write_text("def loss(logprobs, advantages):\n    return 0\n")
     seen = check(f"{tmp_path / 'mine.py'}:loss")
-    assert seen.code == 2 and "argument 'logprobs'" in seen.err and "adapters" in seen.err
+    assert seen.code == 2 and "argument 'logprobs'" in seen.err and "from_logprobs" in seen.err
 
 
 def test_one_loss_that_cannot_be_loaded_does_not_hide_the_others(user, check, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -170,15 +171,27 @@ def test_one_loss_that_cannot_be_loaded_does_not_hide_the_others(user, check, tm
         ((), "LOSS: expected FILE.py:NAME or package.module:NAME, at least one, got none."),
         ((GOOD, "--kind", "belman"), "--kind: expected one of bellman, trajectory"),
         ((GOOD, "--kind", "belman"), "Did you mean 'bellman'?"),
-        ((GOOD, "--like", "shik"), "'shik'"),
+        ((GOOD, "--like", "shik"), "error --like: expected one of shiq, "),
+        (
+            (GOOD, "--like", "nowhere.py:loss"),
+            "error --like: expected FILE.py:NAME or package.module:NAME with an existing file",
+        ),
+        ((GOOD, "--like", f"{ROOT / 'examples' / 'trl_like.py'}"), "Functions in"),
+        ((GOOD, "--like", f"{ROOT / 'examples' / 'trl_like.py'}:dpo_loss"), "error --like: expected keyword arguments among"),
         ((GOOD, "--expect-fail", "PAD"), "--expect-fail: expected CHECK=reason, got 'PAD'."),
         ((GOOD, "--expect-fail", "PAD="), "An expected failure needs its reason."),
-        ((GOOD, "--expect-fail", "PAT=x"), "'PAT'"),
+        ((GOOD, "--expect-fail", "PAT=x"), "error --expect-fail: expected names of checks: CALL, "),
+        ((GOOD, "--only", "PU", "--expect-fail", "FP=x"), "error --expect-fail: expected names of checks (PU), got 'FP'."),
         ((GOOD, "--trait", "semi_gradient"), "--trait: expected name=value, got 'semi_gradient'."),
+        ((GOOD, "--trait", "semigradient=true"), "error --trait: expected one of kind, "),
         ((GOOD, "--trait", "semigradient=true"), "Did you mean 'semi_gradient'?"),
+        ((GOOD, "--trait", "padding=3"), "error --trait padding: expected some of 'right', 'left', got ('3',). For instance ('right',)."),
+        ((GOOD, "--trait", "dtypes=half"), "error --trait dtypes: expected among float64, float32"),
         ((GOOD, "--trait", "semi_gradient=maybe"), "--trait: expected semi_gradient=true or semi_gradient=false"),
-        ((GOOD, "--trait", "reduction=median"), "reduction: expected one of sum, row mean"),
-        ((GOOD, "--only", "PAT"), "'PAT'"),
+        ((GOOD, "--trait", "reduction=median"), "error --trait reduction: expected one of sum, row mean"),
+        ((GOOD, "--only", "PAT"), "error --only: expected names of checks: CALL, "),
+        ((GOOD, "--only", "PAT"), "got 'PAT'. Did you mean 'PAD'?"),
+        ((GOOD, "--only", "mtt"), "got 'mtt'. Did you mean 'MT'?"),
         ((GOOD, "--only", "PAD,"), "--only: expected names of checks, got 'PAD,'."),
         ((GOOD, "--dtype", "int8"), "--dtype: expected one of float64, float32, bfloat16, float16, got 'int8'."),
         ((GOOD, "--device", "tpu9"), "--device: expected a device of this machine, such as cpu or cuda, got 'tpu9'"),
@@ -204,6 +217,45 @@ def test_traits_are_read_by_their_type(check) -> None:  # type: ignore[no-untype
     assert asked.traits == {
         "padding": ("right", "left"), "semi_gradient": True, "reduction": "row mean", "dtypes": ("bfloat16",),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["(right,)", "right", "'right'", "['right']", " right ,"])
+def test_a_tuple_of_one_is_read_however_it_is_written(text: str) -> None:
+    assert command.order([GOOD], trait=[f"padding={text}"]).traits == {"padding": ("right",)}
+
+
+def test_the_help_names_every_trait() -> None:
+    for field in fields(Traits):
+        assert field.name in cli.TRAITS and cli.TRAITS in str(
+            signature(cli.check_losses).parameters["trait"].annotation.__metadata__[0].help
+        )
+
+
+def test_names_of_checks_in_lower_case() -> None:
+    asked = command.order([GOOD], only=["mt,Pad"], expect_fail=["mt=a discount on replies"])
+    assert asked.only == ("MT", "PAD") and asked.expect_fail == {"MT": "a discount on replies"}
+
+
+def test_like_takes_a_function_of_a_file(check) -> None:  # type: ignore[no-untyped-def]
+    """The same function is the same loss; one with another discount is another."""
+    assert check(GOOD, "--only", "OR", "--like", GOOD).code == 0
+    seen = check(GOOD, "--only", "OR", "--like", BUGGY)
+    assert seen.code == 1 and "factor of the gradient from row to row" in seen.out
+
+
+def test_a_like_that_hangs_at_import(user, check) -> None:  # type: ignore[no-untyped-def]
+    seen = check(GOOD, "--only", "OR", "--like", user("pass", before="while True: pass"), "--time-limit", "0.3")
+    assert seen.code == 2 and seen.err.startswith("error --like: ") and "took longer than 0.3 s" in seen.err
+
+
+def test_quiet_does_not_hide_a_warning(user, check) -> None:  # type: ignore[no-untyped-def]
+    body = (
+        "taken = torch.log_softmax(logits, -1)[:, :-1].gather(-1, batch['input_ids'][:, 1:, None])[..., 0]\n"
+        "return -(taken * batch['completion_mask'][:, 1:]).sum()"
+    )
+    seen = check(user(body), "--kind", "policy_only", "--only", "mi,pu", "-q")
+    assert seen.code == 0 and seen.out.startswith("warn MI")
+    assert "all checks hold (1 passed, 1 warning: MI, " in seen.out
 
 
 def test_a_failure_that_is_expected_and_one_that_does_not_come(check) -> None:  # type: ignore[no-untyped-def]
@@ -264,6 +316,11 @@ def test_errors_of_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "leaving.py": "raise SystemExit(3)\n",
         "importing_broken.py": "import broken\n",
         "notes.txt": "",
+        "stack.py": (
+            "import shiq_lab\nfrom shiq_lab import from_stats\n"
+            "def dpo(logprobs, beta): ...\ndef direct(*, logits, **batch): ...\ndef helper(): ...\ndef _own(logits): ...\n"
+            "loss = shiq_lab.from_logprobs(dpo)\nother: object = from_stats(lambda policy, ref, batch: 0)\nSIZE = int(3)\n"
+        ),
     }
     for name, text in files.items():
         Path(name).write_text(text)
@@ -272,6 +329,8 @@ def test_errors_of_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "mine.py:": ["got 'mine.py:'", "shiq"],
         ":loss": ["got ':loss'"],
         "mime.py:shiq": ["an existing file, got 'mime.py'", "Did you mean 'mine.py'?"],
+        "stack.py": ["Functions in stack.py: direct, loss, other, dpo, helper."],
+        "stack.py:zzz": ["It defines: dpo, direct, helper, loss, other."],
         "mine.py:shik": ["a name in mine.py, got 'shik'", "Did you mean 'shiq'?"],
         "mine.py:zzz": ["It defines: Loss, shiq, built."],
         "mine.py:WEIGHT": ["got 'mine.py:WEIGHT', of type float"],

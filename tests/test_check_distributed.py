@@ -415,7 +415,18 @@ def test_a_users_own_file_and_script(tmp_path: Path) -> None:
         (data_parallel, {"time_limit": 0}, "time_limit: expected a finite number of seconds > 0, got 0."),
         ("step", {}, "step: expected 'path/to/file.py:name' or 'package.module:name', got 'step'."),
         (3, {}, "step: expected a function, got int."),
-        (lambda *a: None, {}, "Put it at the top of a module: other processes import it."),
+        (
+            lambda *a: None,
+            {},
+            "step: expected a function at the top of a module, got <lambda>. "
+            "Put it at the top of a module, with def: other processes import it.",
+        ),
+        (
+            data_parallel,
+            {"kind": "vocab", "reference": lambda *a: None},
+            "reference: expected a function at the top of a module",
+        ),
+        ("nofile.py:x", {}, "step: expected a file that exists, got 'nofile.py:x'. There is no "),
         (data_parallel, {"reference": data_parallel}, "Only kind='vocab' compares log-probs."),
     ],
 )
@@ -423,6 +434,35 @@ def test_bad_arguments_are_named(step: Any, options: dict[str, Any], message: st
     with pytest.raises(ValueError, match="expected") as error:
         check_distributed(step, **options)
     assert message in str(error.value)
+
+
+def test_what_no_other_process_can_find_in_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a script functions go by file and name, which a lambda, an inner function and an object do not have."""
+    mine = lambda *a: None  # noqa: E731
+    monkeypatch.setattr(mine, "__module__", "__main__")
+    monkeypatch.setattr(mine, "__qualname__", "<lambda>")
+
+    class Step:
+        def __call__(self, *a: Any) -> None: ...
+
+    monkeypatch.setattr(Step, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", __file__, raising=False)
+    monkeypatch.setattr(Processes, "_start", lambda self: pytest.fail("a process was started"))
+    with pytest.raises(ValueError, match=r"^step: expected a function at the top of a module, got <lambda>\."):
+        check_distributed(mine)
+    with pytest.raises(ValueError, match=r"^step: expected a function at the top of a module, got an object of Step\."):
+        check_distributed(Step())
+
+
+def test_an_unknown_option_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"^check_distributed\(\) got an unexpected keyword argument 'foo'"):
+        check_distributed(data_parallel, foo=1)  # type: ignore[call-arg]
+
+
+def test_the_docstring_holds_the_contract() -> None:
+    told = check_distributed.__doc__ or ""
+    assert "step(model, batch, group) -> loss" in told and "step(hidden, head, batch, group) -> TokenStats" in told
+    assert "at the top of a module" in told and "shiq_lab.checks.distributed.parallel" in told
 
 
 def test_not_inside_its_own_processes(monkeypatch: pytest.MonkeyPatch) -> None:

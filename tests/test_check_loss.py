@@ -156,7 +156,7 @@ def test_reductions_are_inferred(denominator: str, note: str) -> None:
         ("FP", right_policy.actor_critic_joint, "(actor + 0.5 * critic)", "(actor - 0.5 * critic)", "pull on a state's value"),
         ("IN", right_policy.ppo, "behavior_logprobs[:, 1:]", "logp.detach()", "change of the gradient with other"),
         ("SC", plain_losses.shiq, "rewards[b, i] -", "rewards[b, i].clamp(-10, 10) -", "rewards and beta times 64"),
-        ("SC", plain_losses.shiq, "total = logits", "beta = max(beta, 0.05)\n    total = logits", "rewards and beta times 0.01"),
+        ("SC", plain_losses.shiq, "total = logits", "beta = max(beta, 0.05)\n    total = logits", "rewards and beta times 0"),
         ("FP", plain_losses.dpo, "pick(logits) - ", "pick(logits).clamp(min=-12) - ", "gradient at"),
         ("FP", plain_losses.shiq, "beta * ratio", "beta * ratio.clamp(-10, 10)", "gradient at"),
         ("FP", plain_losses.shiq, "gamma * ahead\n", "(gamma if i < actions[0] + 4 else 1) * ahead\n", "grad"),
@@ -398,7 +398,9 @@ def test_what_is_right_to_float32_alone_is_a_warning() -> None:
         (lambda: check_loss(plain_losses.shiq, traits={"semigradient": True}), "Did you mean 'semi_gradient'?"),
         (lambda: check_loss(lambda x, y: x), "keyword arguments among logits, "),
         (lambda: declare(readout="raw"), "readout: expected one of shifted, log_policy, got 'raw'."),
-        (lambda: Traits(padding=("middle",)), "padding: expected 'right', 'left' or both, got ('middle',)."),
+        (lambda: Traits(padding=3), "padding: expected some of 'right', 'left', got 3."),  # type: ignore[arg-type]
+        (lambda: Traits(dtypes=("foo",)), "dtypes: expected some of 'float64', "),
+        (lambda: Traits(padding=("middle",)), "padding: expected some of 'right', 'left', got ('middle',)."),
         (lambda: plant(plain_losses.shiq, ("nowhere", "")), "text that stands once in shiq, got 'nowhere', 0 times"),
     ],
 )
@@ -422,3 +424,49 @@ def test_the_report_is_json_whatever_was_measured() -> None:
     report = run_checks([Check("X", "x", wild, "hint")], None, name="loss", kind="bellman")
     data = json.loads(report.to_json())
     assert data["passed"] is False and data["results"][0]["measurements"][0]["value"] == "nan"
+
+
+# ---------------------------------------------------------------------------------- what a newcomer stumbled over
+class AsModule(torch.nn.Module):
+    """A loss object, as torchtune and Liger write them."""
+
+    def forward(self, *, logits: Tensor, ref_logits: Tensor, input_ids: Tensor, completion_mask: Tensor, beta: float) -> Tensor:
+        return plain_losses.dpo(
+            logits=logits, ref_logits=ref_logits, input_ids=input_ids, completion_mask=completion_mask, beta=beta
+        )
+
+
+def test_a_module_is_asked_for_its_forward() -> None:
+    subject = make_subject(AsModule(), "preference")
+    assert subject.names == {"logits", "ref_logits", "input_ids", "completion_mask", "beta"}
+    assert check_loss(AsModule(), "preference", only=["FP", "SC"]).passed
+
+
+def test_what_the_reference_raises_is_not_the_losss_fault() -> None:
+    result = check_loss(plain_losses.reinforce, like="grpo", only=["OR"])["OR"]
+    assert result.status == FAILED
+    assert result.message.startswith("the reference loss (like grpo) cannot be compared here: the loss raised ValueError: ")
+
+
+def test_an_assumed_kind_is_said_where_something_failed() -> None:
+    undeclared = plant(plain_losses.dpo)
+    undeclared.shiq_lab_traits = {}  # type: ignore[attr-defined]
+    with pytest.raises(SubjectError, match=r"not enough values to unpack|must match"):
+        check_loss(lambda **k: undeclared(**{n: k[n][:1] if n != "beta" else k[n] for n in PLAIN}))
+    wrong = plant(plain_losses.shiq, ("return total", "return -total"))
+    note = "no kind was declared, so bellman was assumed; the others: trajectory, policy_only, on_policy, preference"
+    assert note in check_loss(wrong).notes
+    assert note not in check_loss(wrong, "bellman").notes
+    assert note not in check_loss(plain_losses.shiq).notes
+
+
+def test_a_report_can_be_read() -> None:
+    wrong = plant(plain_losses.shiq, ("return total", "return -total"))
+    text = str(check_loss(wrong, only=["FP", "CV"])).splitlines()
+    assert text[0] == "shiq (bellman): failed CV"
+    assert text[1] == "  passed           FP       gradient zero at the exact optimum"
+    assert text[-1] == "  usually: The optimum is a maximum or a saddle of the loss: a sign."
+
+
+def test_one_name_of_a_check_may_be_a_string() -> None:
+    assert [r.name for r in check_loss(plain_losses.shiq, only="FP").results] == ["FP"]

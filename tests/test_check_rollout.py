@@ -399,6 +399,18 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
     assert str(error.value) == message
 
 
+def test_the_docstring_holds_the_contract() -> None:
+    told = check_rollout.__doc__ or ""
+    assert "from shiq_lab.checks.rollout.protocol import Rollout, TrainingRow, Turn" in told
+    for part in (*(f".{m}(" for m in ("generate", "synchronise", "logprobs", "training_rows", "update")), "Turn(context"):
+        assert part in told, part
+
+
+def test_an_unknown_option_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"^check_rollout\(\) got an unexpected keyword argument 'foo'"):
+        check_rollout(*table_pair(), TOY_PROMPTS, foo=1)  # type: ignore[call-arg]
+
+
 def test_an_expected_failure_that_passes_is_a_failure() -> None:
     assert run(expect_fail={"TP": "known"}).failed == ["TP"]
 

@@ -1,10 +1,11 @@
 """check_trainer: right trainers pass, every check fails on its planted bug with its own message, and TRL's trainers run."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from shiq_lab.checks.bugs import trainers as bugs
 from shiq_lab.checks.bugs.plant import Bug, plant
 from shiq_lab.checks.bugs.trainers import BUGS, dpo, ppo, shiq
 from shiq_lab.checks.report import FAILED, PASSED, SKIPPED, Report
+from shiq_lab.checks.runner import SubjectError
 from shiq_lab.checks.trainer.loop import PlainLoop, plain_loop, token_logprobs
 from shiq_lab.checks.trainer.rows import TrainerConfig, World, collate, one_turn, worlds
 from shiq_lab.checks.trainer.subject import TrainerSubject, plain_model, trainer_traits
@@ -179,7 +181,10 @@ def test_a_planted_bug_is_caught(bug: Bug) -> None:
     result = wrong[wrong.failed[-1]]
     if bug.id == "E15":
         assert result.message.startswith("gradient of a model with dropout 0.5, against the same model without: ")
-        assert result.hint == "dropout is active in the pass of the policy or of the reference"
+        assert result.hint == (
+            "dropout is active in the pass of the policy or of the reference: call model.eval() / ref_model.eval(), "
+            "or declare dropout=True"
+        )
     else:
         assert result.message == MESSAGES[bug.id]
     assert result.hint
@@ -410,9 +415,6 @@ def bare(**parts: Any) -> Any:
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        (lambda *args: 1 / 0, "factory raised ZeroDivisionError: division by zero"),
-        (lambda *args: None, "factory returned NoneType without .step"),
-        (lambda model, *args: type("T", (), {"step": 1})(), "factory returned T without .model"),
         (
             bare(step=lambda self, rows: rows["no"]),
             "step(rows) raised TypeError: list indices must be integers or slices, not str",
@@ -423,6 +425,70 @@ def bare(**parts: Any) -> Any:
 def test_what_a_trainer_does_wrong_is_a_verdict(factory: Any, message: str) -> None:
     report = check_trainer(factory, checks=["FP"])
     assert report["FP"].status == FAILED and report["FP"].message == message
+
+
+FORGOT = ": a factory takes (model, ref_model, dataset, config); did you forget to call trl_dpo() or plain_loop(loss)?"
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (lambda *args: 1 / 0, "the factory raised ZeroDivisionError: division by zero"),
+        (plain_loop, "the factory raised TypeError: plain_loop() takes 1 positional argument but 4 were given"),
+        (lambda *args: None, "the factory returned NoneType without .step"),
+        (lambda model, *args: type("T", (), {"step": 1})(), "the factory returned T without .model"),
+    ],
+)
+def test_a_factory_that_makes_no_trainer_is_said_once(factory: Any, message: str) -> None:
+    seen: list[Any] = []
+    with pytest.raises(SubjectError) as error:
+        check_trainer(factory, on_result=seen.append)
+    assert str(error.value) == message + FORGOT and seen == []
+
+
+def test_a_factory_that_fails_at_one_setting_fails_the_check_that_asks_for_it() -> None:
+    def fussy(model: Any, ref_model: Any, dataset: Any, config: TrainerConfig) -> PlainLoop:
+        if config.padding_side == "left":
+            raise RuntimeError("padding on the right only")
+        return PlainLoop(model, ref_model, dataset, config, loss=shiq)
+
+    report = check_trainer(fussy, checks=["PAD", "PU"])
+    assert report.failed == ["PAD"]
+    assert report["PAD"].message == "the factory raised RuntimeError: padding on the right only"
+
+
+def test_a_cast_to_float32_is_named() -> None:
+    """Rewards through float32 leave a share between 1e-9 and 1e-6 at the optimum; the declared dtypes make it a pass."""
+
+    def cast(*, rewards: Tensor, **inputs: Any) -> Tensor:
+        return shiq(rewards=rewards.float().to(rewards.dtype), **inputs)
+
+    result = check_trainer(plain_loop(cast), checks=["FP"])["FP"]
+    assert result.status == FAILED and result.measured is not None and 1e-9 < result.measured < 1e-6
+    assert result.hint == (
+        "float32 rounding: something is cast to float32 (rewards?); use model.table.dtype, "
+        "or declare dtypes=('float32', 'bfloat16')"
+    )
+    declared = check_trainer(plain_loop(cast), checks=["FP"], dtypes=("float32", "bfloat16"))
+    assert declared.passed, declared["FP"].message
+    other = check_trainer(plain_loop(dpo, loop=MaskFromIds, kind="preference"), checks=["FP"])[
+        "FP"
+    ]  # a share of the order of 1 keeps the check's own hint
+    assert other.status == FAILED and other.hint.startswith("the trainer's loss has another optimum")
+
+
+def test_the_docstring_holds_the_contract() -> None:
+    told = check_trainer.__doc__ or ""
+    columns = {name for kind in ("bellman", "preference") for name in worlds(kind, 1.0, False)[0].dataset[0]}
+    for word in (
+        *columns,
+        *(f.name for f in fields(TrainerConfig) if f.name != "options"),
+        *CODES,
+        "plain_loop(loss",
+        "trl_dpo()",
+    ):
+        assert re.search(rf"\b{re.escape(word)}", told), word
+    assert "shiq_lab.checks.trainer.loop import plain_loop" in told and "shiq_lab.hf.factories import trl_dpo" in told
 
 
 class Closed:

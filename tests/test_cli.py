@@ -517,3 +517,31 @@ def test_the_best_string_may_win_by_what_comes_last() -> None:
     reward = np.array([[0.0, 100.5], [0.0, 0.0], [0.0, 0.0], [100.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
     mdp = shiq_lab.TokenMDP(next_state, reward, np.zeros((6, 2)))
     assert next(strings.best_strings(mdp, mdp.reward)) == (101.0, [0] * 6)
+
+
+# ------------------------------------------------------------------------------------------------- selftest's other tables
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (
+            ("--table", "--env", "Tree", "--env", "Needle"),
+            "--env: expected nothing beside --table, which has automata of its own",
+        ),
+        (("--table", "--env", "Tree", "--env", "Needle"), "got 'Tree', 'Needle'."),
+        (("--table", "--figure", "x.png"), "got 'x.png'."),
+        (("--table", "--matrix"), "--matrix: expected no other option than --json beside it, got --table."),
+        (("--matrix", "--env", "Tree", "--figure", "x.png"), "beside it, got --env Tree, --figure x.png."),
+    ],
+)
+def test_what_does_not_go_together_is_named(arguments: tuple[str, ...], complaint: str, call) -> None:  # type: ignore[no-untyped-def]
+    code, text, error = call("selftest", *arguments)
+    assert code == 2 and not text and complaint in " ".join(error.split())
+
+
+def test_the_table_says_what_its_words_mean(call, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    from shiq_lab import fixed_points
+
+    monkeypatch.setattr(fixed_points, "table", lambda: ())
+    _, text, _ = call("selftest", "--table")
+    said = f"no: at least {'a million' if fixed_points.APART == 1e6 else fixed_points.APART} times the rounding"
+    assert said in " ".join(text.split())

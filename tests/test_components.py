@@ -11,6 +11,7 @@ import pytest
 import torch
 from component_mutants import MUTANTS, Mutant
 
+import shiq_lab
 from shiq_lab.checks.bugs import accepted_components as right
 from shiq_lab.checks.bugs.accepted_components import ACCEPTED, SINGLE_TURN
 from shiq_lab.checks.bugs.components import BUGS, lookup, smoke_policy, smoke_statistics
@@ -95,8 +96,22 @@ def test_advantages_without_a_bootstrap_are_compared_on_ended_rows() -> None:
     """Many GAEs take every row as ended; that is said, and credit across observations is still checked."""
     report = check_component(right.gae_all_ended, "gae")
     assert report.passed and report["MI"].status == WARNED and "rows that ended alone are compared" in report.notes[0]
+    assert report["TE"].status == SKIPPED
+    assert report["TE"].reason == "names neither terminated, truncated nor next_value: cut rows were not asked about"
     decayed = plant(right.gae_all_ended, ("carry = m * step + (1 - m) * carry", "carry = m * step + (1 - m) * lam * carry"))
     assert check_component(decayed, "gae").failed == ["MT", "MI"]
+
+
+def test_targets_that_cannot_tell_cut_rows_skip_that_check() -> None:
+    """The same for n-step targets; one name of the three is enough to be asked."""
+    bare = lambda *, values, rewards, mask, gamma, n: right.n_step_loop(  # noqa: E731
+        values=values, rewards=rewards, mask=mask, gamma=gamma, n=n,
+        terminated=torch.ones(len(mask), dtype=torch.bool), next_value=torch.zeros(len(mask)),
+    )  # fmt: skip
+    report = check_component(bare, "n_step")
+    assert report.passed and report["TE"].status == SKIPPED and report["OR"].status == PASSED
+    assert check_component(right.n_step_loop, "n_step")["TE"].status == PASSED
+    assert check_component(right.to_go_loop, "reward_to_go")["TE"].status == PASSED
 
 
 def test_float32_inside_is_a_legitimate_choice() -> None:
@@ -301,7 +316,8 @@ def test_bad_calls_are_named() -> None:
 
 @pytest.mark.parametrize("kind", COMPONENT_KINDS)
 def test_signatures_name_every_argument(kind: str) -> None:
-    text = signature(kind)
+    text = shiq_lab.component_signature(kind)
+    assert text == signature(kind) and kind in (check_component.__doc__ or "")
     assert text.startswith(f"{kind}(*") and all(f"\n{name} " in text for name in COMPONENT_KINDS[kind].takes)
 
 

@@ -43,7 +43,25 @@ def text(ran: pytest.RunResult) -> str:
 def test_one_test_for_every_loss_and_check(pytester: pytest.Pytester) -> None:
     ran = run(pytester, "parametrize_with_checks([good, buggy])", "", "--collect-only", "-q")
     names = [line.split("::")[1] for line in text(ran).splitlines() if "::" in line]
-    assert names == [f"test_mine[{i}-{c.name}]" for i in ("loss1", "loss2") for c in LOSS_CHECKS]
+    assert names == [f"test_mine[{i}-{c.name}]" for i in ("my_shiq.py:loss", "my_shiq_with_a_bug.py:loss") for c in LOSS_CHECKS]
+
+
+def test_namesakes_are_told_apart_by_as_much_of_their_path_as_it_takes(tmp_path: Path) -> None:
+    def load(where: str) -> list[plugin.Loss]:
+        path = tmp_path / where
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("def loss(logits): ...\ndef other(logits): ...\n")
+        module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("namesake", path))  # type: ignore[arg-type]
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+        return [module.loss, module.other]
+
+    (a, other), (b, _), (c, _) = (load(where) for where in ("one/x.py", "two/x.py", "two/y.py"))
+    assert plugin._labels([a, other]) == ["loss", "other"]
+    assert plugin._labels([a, c, other]) == ["x.py:loss", "y.py:loss", "other"]
+    assert plugin._labels([a, b, c]) == ["one/x.py:loss", "two/x.py:loss", "y.py:loss"]
+    assert plugin._labels([a, a]) == ["one/x.py:loss1", "one/x.py:loss2"]
+    adapted = [shiq_lab.from_logprobs(lambda logprobs: logprobs.sum()) for _ in range(2)]
+    assert plugin._labels(adapted) == ["<lambda>1", "<lambda>2"], "not the adapters' file"
 
 
 def test_right_losses_pass_and_what_does_not_apply_is_skipped_with_its_reason(pytester: pytest.Pytester) -> None:

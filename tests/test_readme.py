@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shiq_lab.checks.loss import check_loss
-from shiq_lab.checks.report import FAILED, WARNED
+from shiq_lab.checks.report import FAILED, PASSED, SKIPPED, WARNED
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,7 +42,9 @@ def test_the_walk_through_is_what_the_command_prints() -> None:
     assert [code for code, _, _ in told] == ["MT", "TE"]
     for code, message, hint in told:
         assert (message, hint) == (report[code].message, report[code].hint)
-    assert f"{len(report.failed)} checks failed: {', '.join(report.failed)} ({len(report.results)} checks, " in plain
+    count = lambda status: sum(r.status == status for r in report.results)  # noqa: E731
+    tally = f"({count(PASSED)} passed, {count(SKIPPED)} skipped, "
+    assert f"{len(report.failed)} checks failed: {', '.join(report.failed)} {tally}" in plain
 
 
 def test_a_smoke_test_passes_the_example_with_the_bug() -> None:

@@ -66,12 +66,54 @@ def test_the_console_shows_every_check_and_explains_what_did_not_pass() -> None:
     assert "(does not apply)" in text and "known: issue 12. message of KNOWN" in text and "note: reduction: sum" in text
     for name in ("BAD", "HM"):
         assert f"message of {name}" in text and f"usually: hint of {name}" in text
-    assert "message of OK" not in text and text.rstrip().endswith("1 check failed: BAD (5 checks, 1.5 s)")
+    assert "message of OK" not in text and text.rstrip().endswith(
+        "1 check failed: BAD (1 passed, 1 warning: HM, 1 expected failure: KNOWN, 1 skipped, 1.5 s)"
+    )
 
 
-def test_quiet_keeps_failures_and_the_verdict() -> None:
+def test_quiet_keeps_failures_warnings_and_the_verdict() -> None:
+    """Nothing else: no empty line above the first, one between two."""
     text = printed(mixed(), quiet=True)
-    assert "message of BAD" in text and "message of HM" not in text and "title of OK" not in text
+    for name in ("BAD", "HM"):
+        assert f"message of {name}" in text and f"usually: hint of {name}" in text
+    assert "title of OK" not in text and "message of KNOWN" not in text
+    assert text.startswith("FAIL BAD") and "\n\nwarn HM" in text and text.count("\n\n") == 1
+    assert "\n\nFAIL BAD" in printed(mixed()), "the table is set off from what follows"
+
+
+@pytest.mark.parametrize(
+    ("statuses", "said"),
+    [
+        ([PASSED] * 16 + [SKIPPED] * 4, "all checks hold (16 passed, 4 skipped, 1.2 s)"),
+        ([PASSED, WARNED, SKIPPED], "all checks hold (1 passed, 1 warning: C1, 1 skipped, 1.2 s)"),
+        ([WARNED, PASSED, WARNED], "all checks hold (1 passed, 2 warnings: C0, C2, 1.2 s)"),
+        ([FAILED, FAILED, PASSED], "2 checks failed: C0, C1 (1 passed, 1.2 s)"),
+        ([FAILED], "1 check failed: C0 (0 passed, 1.2 s)"),
+    ],
+)
+def test_the_closing_line_counts_what_became_of_every_check(statuses: list[str], said: str) -> None:
+    """A skip or a warning is never counted as a pass."""
+    rows = [result(s, f"C{i}") for i, s in enumerate(statuses)]
+    assert printed(Outcome("x", Report("x", "bellman", rows, [], 1.2)), quiet=True).splitlines()[-1] == f"x  {said}"
+
+
+LEVEL_MOVES = Measured("the value moves", 0.0327, 4.9e-29, 3, "one turn", "row 1", at_least=True)
+SLOPES = Measured("slope", 1.2e-11, 7.3e-9, 4, "two turns", "row 2"), Measured("slope", 1.3e-12, 7.3e-9, 4, "small", "row 3")
+
+
+def test_a_pass_shows_its_deviation_and_not_that_something_moved() -> None:
+    """Of the deviations the nearest to its bound, with its own place; what must differ is shown where there is no other."""
+    bare = {"measured": 0.0327, "tolerance": 4.9e-29, "at_least": True, "environment": "one turn", "where": "row 1"}
+    outcome = lambda r: Outcome("x", Report("x", "bellman", [r]))  # noqa: E731
+    passed = outcome(result(PASSED, **bare, measurements=(LEVEL_MOVES, *SLOPES)))
+    assert "1.2e-11  ≤ 7.3e-09" in printed(passed) and "0.0327" not in printed(passed)
+    page = "".join(Page(as_html([passed])).words)
+    assert "1.2e-11 ≤ 7.3e-09" in page and "two turns" in page and "row 2" in page and "0.0327" not in page
+    for same in (
+        result(PASSED, **bare, measurements=(LEVEL_MOVES,)),
+        result(FAILED, **bare, measurements=(LEVEL_MOVES, *SLOPES)),
+    ):
+        assert "0.0327  ≥ 4.9e-29" in printed(outcome(same)), same.status
 
 
 def test_hostile_text_is_shown_as_it_is() -> None:
@@ -163,6 +205,7 @@ def test_html_is_well_formed_with_a_row_a_check_and_failures_open() -> None:
     text = "\n".join(page.words)
     for piece in ("title of OK", "row 5", "message of BAD", "hint of BAD", "does not apply", "issue 12", "reduction: sum"):
         assert piece in text
+    assert "measured, then its bound." in text
     assert "part 59" in text and "part 3:" not in text and "more that miss their bound" in text, "the worst are kept"
 
 

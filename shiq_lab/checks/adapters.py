@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shiq_lab.batch import TokenBatch
-from shiq_lab.checks.traits import check_names
+from shiq_lab.checks.traits import check_names, signature_of
 from shiq_lab.errors import bad
 from shiq_lab.stats import TokenStats
 
@@ -80,15 +80,22 @@ def from_response_logprobs(loss: Loss, names: Mapping[str, str] | None = None, *
 
 def _from_numbers(loss: Loss, names: Mapping[str, str] | None, traits: dict[str, Any], *, response: bool) -> Loss:
     names = dict(names or {})
-    wanted = {argument: names.get(argument, argument) for argument in inspect.signature(loss).parameters}
+    if not callable(loss):
+        raise bad("loss", "a function", repr(loss)[:80])
+    parameters = signature_of(loss).parameters
+    wanted = {argument: names.get(argument, argument) for argument in parameters}
     needs = set(wanted.values())
     known = {
         "logprobs", "ref_logprobs", "old_logprobs", "completion_mask", "response_mask", "attention_mask", "rewards", "scores",
         "terminated", "group_ids", "values", "beta", "gamma",
     }  # fmt: skip
-    for argument, parameter in inspect.signature(loss).parameters.items():
-        if parameter.default is parameter.empty and wanted[argument] not in known:
-            raise bad("names", f"a meaning for {argument!r} among {', '.join(sorted(known))}", "none")
+    for argument in names:
+        if argument not in parameters:
+            raise bad("names", f"arguments of the loss: {', '.join(parameters)}", repr(argument))
+    for argument, parameter in parameters.items():
+        if wanted[argument] not in known and (parameter.default is parameter.empty or argument in names):
+            got = repr(names[argument]) if argument in names else "none"
+            raise bad("names", f"a meaning for {argument!r} among {', '.join(sorted(known))}", got)
 
     def adapted(
         *, logits: Tensor, ref_logits: Tensor, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor,
@@ -124,7 +131,17 @@ def _responses(completion_mask: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _named(loss: Loss) -> set[str]:
-    return set(inspect.signature(loss).parameters)
+    """The arguments of a loss of statistics; a ValueError where it needs others than this adapter has."""
+    if not callable(loss):
+        raise bad("loss", "a function", repr(loss)[:80])
+    parameters = list(signature_of(loss).parameters.values())
+    known = {"beta", "gamma", "values", "behavior_logprobs"}
+    other = [p.name for p in parameters[3:] if p.default is p.empty and p.name not in known]
+    variadic = any(p.kind == p.VAR_POSITIONAL for p in parameters)
+    if not variadic and (len(parameters) < 3 or other or any(p.kind == p.KEYWORD_ONLY for p in parameters[:3])):
+        expected = "loss(policy_stats, ref_stats, batch, *, beta, gamma, values, behavior_logprobs)"
+        raise bad("loss", expected, f"arguments {', '.join(p.name for p in parameters)}", "from_logprobs takes log-probs.")
+    return {p.name for p in parameters} | ({"gamma"} if variadic else set())
 
 
 def _signed(adapted: Loss, loss: Loss, traits: dict[str, Any], drop: set[str]) -> Loss:

@@ -9,7 +9,8 @@ from shiq_lab.checks.comparing import proportional, spot
 from shiq_lab.checks.fixtures import Inputs, fixtures
 from shiq_lab.checks.invariance import units
 from shiq_lab.checks.report import Measured, Skip
-from shiq_lab.checks.subject import Subject, arrange
+from shiq_lab.checks.runner import SubjectError
+from shiq_lab.checks.subject import Called, Subject, arrange
 from shiq_lab.checks.tolerances import SAME
 
 
@@ -35,6 +36,14 @@ def oracle(subject: Subject) -> Iterator[Measured]:
             yield from unit_by_unit(subject, subject.like, inputs)
 
 
+def reference(like: Subject, inputs: Inputs) -> Called:
+    """The reference loss's call; what it raises is not the user's loss's doing."""
+    try:
+        return like.call(inputs)
+    except SubjectError as error:
+        raise SubjectError(f"the reference loss ({like.name}) cannot be compared here: {error}") from None
+
+
 def unit_by_unit(subject: Subject, like: Subject, inputs: Inputs) -> Iterator[Measured]:
     """Each unit's direction, then whether the factors and the values fit together."""
     parts = units(subject, inputs)
@@ -42,10 +51,10 @@ def unit_by_unit(subject: Subject, like: Subject, inputs: Inputs) -> Iterator[Me
     bound = SAME * max(subject.eps, like.eps) * inputs.size
     factors, counts, worst, compared = [], [], (0.0, ""), 0
     got_values, want_values = [], []
-    biggest = float(like.call(inputs).grad.abs().max()) / len(inputs.batch)
+    biggest = float(reference(like, inputs).grad.abs().max()) / len(inputs.batch)
     for part in parts:
         alone = inputs.rows(part)
-        got, want = subject.call(alone), like.call(alone)
+        got, want = subject.call(alone), reference(like, alone)
         if float(want.grad.abs().max()) <= 1e-9 * biggest and float(got.grad.abs().max()) <= 1e-9 * biggest:
             continue  # a row without any action
         gaps, factor = proportional(got.grad, want.grad)

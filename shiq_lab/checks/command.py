@@ -10,7 +10,7 @@ import difflib
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -82,6 +82,7 @@ def order(
     codes = [code.strip() for text in only or () for code in text.split(",")]
     if not all(codes):
         raise bad("--only", "names of checks", repr(",".join(only or ())))
+    codes = [_code("--only", code) for code in codes]
     return Order(
         losses=tuple(losses), kind=kind, like=like, strict=strict, device=device, quiet=quiet, time_limit=float(time_limit),
         expect_fail=dict(_reason(text) for text in expect_fail or ()), traits=dict(_trait(text) for text in trait or ()),
@@ -100,23 +101,50 @@ def _reason(text: str) -> tuple[str, str]:
     code, reason = _pair("--expect-fail", "CHECK=reason", text)
     if not reason:
         raise bad("--expect-fail", "CHECK=reason", repr(text), "An expected failure needs its reason.")
-    return code, reason
+    return _code("--expect-fail", code), reason
+
+
+def _code(option: str, code: str) -> str:
+    """The check of that name, in upper or lower case; an unknown one is a ValueError that suggests the nearest."""
+    from shiq_lab.checks.loss import LOSS_CHECKS
+
+    known = {check.name.upper(): check.name for check in LOSS_CHECKS}
+    if code.upper() in known:
+        return known[code.upper()]
+    near = difflib.get_close_matches(code.upper(), known, n=1)
+    hint = f"Did you mean {known[near[0]]!r}?" if near else ""
+    raise bad(option, f"names of checks: {', '.join(known.values())}", repr(code), hint)
 
 
 def _trait(text: str) -> tuple[str, Any]:
     """name=value with the value read as the trait's type wants it: true and false in any case, tuples by commas."""
     name, value = _pair("--trait", "name=value", text)
-    check_names({name: value})
+    try:
+        check_names({name: value})
+    except ValueError as error:
+        raise ValueError(in_options(str(error))) from None
     wanted = str(get_type_hints(Traits)[name])
     try:
         read = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
     except (ValueError, SyntaxError):
         read = value
-    if "tuple" in wanted and isinstance(read, str):
-        read = tuple(part.strip() for part in read.split(","))
+    if "tuple" in wanted:
+        parts = read if isinstance(read, (tuple, list)) else str(read).strip("()[] ").split(",")
+        read = tuple(part for part in (str(part).strip(" '\"") for part in parts) if part)
+    if name == "dtypes" and not set(read) <= set(DTYPES):
+        raise bad("--trait dtypes", f"among {', '.join(DTYPES)}", repr(text))
     if "bool" in wanted and not isinstance(read, bool):
         raise bad("--trait", f"{name}=true or {name}=false", repr(text))
     return name, read
+
+
+def in_options(complaint: str) -> str:
+    """A complaint of the suite about one of its arguments, under the name that the command line has for it."""
+    argument, colon, rest = complaint.partition(": ")
+    options = {"only": "--only", "like": "--like", "expect_fail": "--expect-fail", "traits": "--trait", "kind": "--kind",
+               "device": "--device", "dtypes": "--dtype"}  # fmt: skip
+    options |= {field.name: f"--trait {field.name}" for field in fields(Traits) if field.name not in options}
+    return options.get(argument, argument) + colon + rest
 
 
 def _files(files: dict[str, str]) -> dict[str, str]:
@@ -146,7 +174,7 @@ def check(asked: Order, out: Console, err: Console) -> int:
     try:
         return timelimit.finish(run(asked, out, err))
     except (ValueError, OSError) as error:
-        _complain(err, str(error))
+        _complain(err, in_options(str(error)))
     except Exception as error:  # ours: still one sentence, for a log that others read
         _complain(err, _our_fault(error))
     return timelimit.finish(COULD_NOT_RUN)
@@ -174,12 +202,12 @@ def check_one(which: str, asked: Order, on_result: Callable[[Result], None] | No
     """One loss's outcome; whatever stops it becomes the outcome's error. Only a wrong argument of the suite is raised."""
     from shiq_lab.checks.loss import check_loss
 
-    loss = None
+    loss, arguments = None, {**asked.arguments, "like": reference(asked.like, asked.time_limit)}
     try:
         with timelimit.time_limit(f"importing {which}", asked.time_limit or None):
             loss = load_loss(which)
         watched = timelimit.limited(loss, asked.time_limit or None, f"a call of {which}")
-        return Outcome(which, check_loss(watched, name=which, on_result=on_result, time_limit=None, **asked.arguments))
+        return Outcome(which, check_loss(watched, name=which, on_result=on_result, time_limit=None, **arguments))
     except (SubjectError, timelimit.TimedOut) as error:
         return Outcome(which, error=str(error))
     except ValueError as error:
@@ -188,6 +216,24 @@ def check_one(which: str, asked: Order, on_result: Callable[[Result], None] | No
         return Outcome(which, error=str(error))
     except Exception as error:
         return Outcome(which, error=_our_fault(error))
+
+
+def reference(like: str | None, seconds: float) -> str | Callable[..., Any] | None:
+    """What --like means: a known loss's name as it is, a FILE.py:NAME as the function. ValueError if it cannot be called."""
+    from shiq_lab.checks.loss import make_subject
+
+    if like is None or not (":" in like or like.endswith(".py")):
+        return like
+    try:
+        with timelimit.time_limit(f"importing {like}", seconds or None):
+            loss = load_loss(like)
+        make_subject(loss, name="--like")
+    except timelimit.TimedOut as error:
+        raise bad("--like", "a file that can be imported", str(error)) from None
+    except ValueError as error:
+        said = str(error)
+        raise ValueError(f"--like: {said.removeprefix('LOSS: ').removeprefix('--like: ')}") from None
+    return timelimit.limited(loss, seconds or None, f"a call of {like}")
 
 
 def _our_fault(error: Exception) -> str:

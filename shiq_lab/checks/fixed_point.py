@@ -103,7 +103,7 @@ def vanishing(
     axes = ("row", "position", "token") if at.ndim == 3 else ("state", "token")
     gap, where = spot(at.abs() / size if size > 0 else torch.full_like(at, torch.nan), rows, axes=axes)
     if size == 0:
-        where = "the gradient is 0 away from the optimum too"
+        where = "the gradient is 0 away from it too: nothing that the loss reads there depends on the logits"
     bound = SUMS * subject.eps * case.inputs(case.optimum(subject.traits.readout)).size
     if at.ndim == 2 and where.startswith("state"):
         where = case.mdp.place(*[int(i) for i in np.unravel_index(int(at.abs().argmax()), at.shape)])

@@ -20,6 +20,7 @@ from typing import Any
 from shiq_lab.errors import bad
 
 FORMS = "FILE.py:NAME or package.module:NAME"
+ADAPTERS = ("from_logprobs", "from_response_logprobs", "from_stats")  # of checks.adapters: what they return is a loss
 MOST = 400  # characters of a user's message that are shown
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LIBRARIES = {str(Path(p).resolve()) for k, p in sysconfig.get_paths().items() if k in ("stdlib", "platstdlib")}
@@ -142,7 +143,7 @@ def _attribute(module: ModuleType, name: str, place: str) -> Any:
                 if hasattr(value, "__dict__")
                 else []
             )
-            mine = [n for n in known if getattr(vars(value)[n], "__module__", None) == module.__name__]
+            mine = [n for n in known if _is_own(vars(value)[n], module)]
             raise bad("LOSS", f"a name in {place}", repr(name), _near(part, known) or _listed(mine))
         value = getattr(value, part)
     return value
@@ -157,12 +158,30 @@ def _callable(value: Any, which: str) -> Callable[..., Any]:
     return value
 
 
+def _is_own(value: Any, module: ModuleType) -> bool:
+    """Defined there, or a loss that an adapter made, whose module is the adapter's."""
+    return getattr(value, "__module__", None) == module.__name__ or hasattr(value, "shiq_lab_traits")
+
+
 def _functions_in(path: Path) -> list[str]:
+    """What can be named as a loss, the file not run: first what takes `logits` or comes of an adapter."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return []
-    return [n.name for n in tree.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
+    first: list[str] = []
+    other: list[str] = []
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            arguments = (*node.args.args, *node.args.kwonlyargs)
+            (first if any(a.arg == "logits" for a in arguments) else other).append(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Call):
+            maker = node.value.func
+            made_by = maker.attr if isinstance(maker, ast.Attribute) else maker.id if isinstance(maker, ast.Name) else ""
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if made_by in ADAPTERS:
+                first += [t.id for t in targets if isinstance(t, ast.Name)]
+    return [name for name in dict.fromkeys(first + other) if not name.startswith("_")]
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -94,7 +94,7 @@ def check_loss(
     if time_limit:
         subject.loss, subject.seconds = limited(subject.loss, time_limit), time_limit
     chosen = select(only)
-    kind = subject.traits.kind
+    kind_given, kind = kind is not None, subject.traits.kind
     try:
         verdict = TOO_COARSE if subject.eps > HALF else ""
     except NotALoss as error:
@@ -106,13 +106,16 @@ def check_loss(
         checks, subject, name=subject.name, kind=kind, expect_fail=expect_fail, strict=strict, on_result=on_result
     )
     if only is None:
-        report.notes[:0] = advice(subject, report)
+        declared = kind_given or "kind" in (traits or {}) or "kind" in getattr(loss, "shiq_lab_traits", {})
+        report.notes[:0] = advice(subject, report, assumed=not declared)
     return report
 
 
-def advice(subject: Subject, report: Report) -> list[str]:
+def advice(subject: Subject, report: Report, assumed: bool = False) -> list[str]:
     """What the results together say: that the loss is probably of another kind, or which known loss it is."""
     kind, out = subject.traits.kind, []
+    if assumed and report.failed:
+        out.append("no kind was declared, so bellman was assumed; the others: trajectory, policy_only, on_policy, preference")
     cs = next((r for r in report.results if r.name == "CS"), None)
     level = [m for m in cs.measurements if m.at_least] if cs else []
     if any(m.value < LEVEL for m in level):
@@ -190,7 +193,7 @@ def select(only: Iterable[str] | None) -> list[Check]:
     """The checks of these names, in the table's order; all of them for None."""
     if only is None:
         return list(LOSS_CHECKS)
-    wanted, known = list(only), [check.name for check in LOSS_CHECKS]
+    wanted, known = [only] if isinstance(only, str) else list(only), [check.name for check in LOSS_CHECKS]
     for code in wanted:
         if code not in known:
             raise bad("only", f"names of checks: {', '.join(known)}", repr(code))
@@ -200,7 +203,7 @@ def select(only: Iterable[str] | None) -> list[Check]:
 def _no_loss(checks: list[Check], subject: Subject, verdict: str, on_result: Callable[[Result], None] | None) -> Report:
     """What came back is no loss: CALL says so, the rest is skipped."""
     call = LOSS_CHECKS[0]
-    results = [Result(call.name, call.title, FAILED, message=verdict, hint=call.hint)]
+    results = [Result(call.name, call.title, FAILED, message=verdict)]
     results += [Result(c.name, c.title, SKIPPED, reason="CALL failed") for c in checks if c.name != call.name]
     for result in results:
         if on_result is not None:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from shiq_lab.checks import timelimit
-from shiq_lab.checks.loading import name_of
+from shiq_lab.checks.adapters import from_logprobs
+from shiq_lab.checks.loading import file_of, name_of
 from shiq_lab.checks.loss import LOSS_CHECKS, check_loss, make_subject, select
 from shiq_lab.checks.report import FAILED, SKIPPED, WARNED, Check, Result
 from shiq_lab.checks.runner import SubjectError
@@ -80,7 +81,8 @@ def parametrize_with_checks(
     time_limit: float | None = timelimit.DEFAULT,
     **arguments: Any,
 ) -> Any:
-    """A decorator for `test(loss, check)`, in which `check(loss)` is to be called; ids are LOSS-CHECK.
+    """A decorator for `test(loss, check)`, in which `check(loss)` is to be called; ids are LOSS-CHECK, or
+    FILE.py:LOSS-CHECK for namesakes.
 
     losses       functions in the contract's form, see check_loss
     expect_fail  {check: reason}, for all losses, or a function of the loss: strict xfail, so that a pass fails
@@ -130,6 +132,17 @@ def _cases(
 
 
 def _labels(losses: list[Loss]) -> list[str]:
-    """Names of the losses, numbered where two are the same."""
-    names = [name_of(loss) for loss in losses]
+    """NAME; where two losses share it FILE.py:NAME, then FOLDER/FILE.py:NAME; numbered where even these are the same."""
+    names = plain = [name_of(loss) for loss in losses]
+    for depth in (1, 2):
+        longer = [_placed(loss, name, depth) for loss, name in zip(losses, plain, strict=True)]
+        names = [n if names.count(n) == 1 else more for n, more in zip(names, longer, strict=True)]
     return [n if names.count(n) == 1 else f"{n}{names[: i + 1].count(n)}" for i, n in enumerate(names)]
+
+
+def _placed(loss: Loss, name: str, depth: int) -> str:
+    """With the last parts of its file's path; an adapted loss has no file of its own."""
+    file = file_of(loss)
+    if file is None or file == file_of(from_logprobs):
+        return name
+    return f"{'/'.join(file.parts[-depth:])}:{name}"

@@ -9,7 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape as html_escape
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def explanation(result: Result) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ console
 def show(outcome: Outcome, console: Console, quiet: bool = False) -> None:
-    """The table, then every failure and warning in full, then the verdict. quiet: failures and the verdict."""
+    """The table, then every failure and warning in full, then the verdict. quiet: no table, no notes, nothing expected."""
     report = outcome.report
     title = f"[bold]{escape(outcome.name)}[/bold]"
     if report is None:
@@ -91,12 +91,37 @@ def show(outcome: Outcome, console: Console, quiet: bool = False) -> None:
         console.print(_table(report))
         for note in report.notes:
             console.print(f"note: {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
-    for result in report.results:
-        if result.status == FAILED or (result.status in (WARNED, EXPECTED) and not quiet):
-            _details(result, console)
-    took = f"{_number(len(report.results), 'check')}, {report.seconds:.1f} s"
+    told = (FAILED, WARNED) if quiet else (FAILED, WARNED, EXPECTED)
+    for i, result in enumerate(r for r in report.results if r.status in told):
+        if i or not quiet:
+            console.print()
+        _details(result, console)
     style = "bold green" if outcome.passed else "bold red"
-    console.print(f"{title}  [{style}]{escape(outcome.verdict)}[/{style}] ({took})", highlight=False, soft_wrap=True)
+    console.print(f"{title}  [{style}]{escape(outcome.verdict)}[/{style}] ({tally(outcome)})", highlight=False, soft_wrap=True)
+
+
+def tally(outcome: Outcome) -> str:
+    """`16 passed, 1 warning: MI, 3 skipped, 1.2 s`: every check is counted; the failures, which the verdict names, are not."""
+    names = {status: [r.name for r in outcome.results if r.status == status] for status in STYLES}
+    parts = [f"{len(names[PASSED])} passed"]
+    for status, word in ((WARNED, "warning"), (EXPECTED, "expected failure")):
+        if names[status]:
+            parts.append(f"{_number(len(names[status]), word)}: {', '.join(names[status])}")
+    if names[SKIPPED]:
+        parts.append(f"{len(names[SKIPPED])} skipped")
+    return ", ".join([*parts, f"{outcome.report.seconds if outcome.report else 0.0:.1f} s"])
+
+
+def telling(r: Result) -> Result:
+    """The same with what a reader wants to see as its measurement: of a pass, how small the largest deviation was.
+
+    "Something must differ by this much" can be nearest to its bound and still say nothing of how exact the check was.
+    """
+    deviations = [m for m in r.measurements if not m.at_least]
+    if r.status != PASSED or not r.at_least or not deviations:
+        return r
+    m = max(deviations, key=lambda m: m.badness)
+    return replace(r, measured=m.value, tolerance=m.tolerance, at_least=False, environment=m.environment, where=m.where)
 
 
 def bound(r: Result) -> str:
@@ -109,7 +134,7 @@ def _table(report: Report) -> Table:
     for column in (3, 4, 5):
         table.columns[column].justify = "right"
         table.columns[column].no_wrap = True
-    for r in report.results:
+    for r in map(telling, report.results):
         mark = f"[{STYLES[r.status]}]{SHORT[r.status]}[/]"
         title = escape(r.title) + (f" [dim]({escape(r.reason)})[/dim]" if r.status == SKIPPED else "")
         numbers = str(r.compared) if r.compared else ""
@@ -119,7 +144,7 @@ def _table(report: Report) -> Table:
 
 def _details(result: Result, console: Console) -> None:
     style = STYLES[result.status]
-    head = f"\n[{style}]{SHORT[result.status]}[/{style}] [bold]{escape(result.name)}[/bold]"
+    head = f"[{style}]{SHORT[result.status]}[/{style}] [bold]{escape(result.name)}[/bold]"
     console.print(f"{head}  {escape(explanation(result))}", highlight=False, soft_wrap=True)
     if result.hint and result.status != EXPECTED:
         console.print(f"     usually: {result.hint}", style="dim", markup=False, highlight=False, soft_wrap=True)
@@ -246,7 +271,7 @@ dd{margin:0;font-size:.875rem}
 }
 @media print{summary{cursor:auto}}
 """
-LEGEND = '<p class="dim">At the right of a check: measured / bound.</p>'
+LEGEND = '<p class="dim">At the right of a check: measured, then its bound.</p>'
 TONES = {PASSED: "passed", FAILED: "failed", WARNED: "warned", SKIPPED: "skipped", EXPECTED: "expected"}
 
 
@@ -285,7 +310,7 @@ def _section(outcome: Outcome) -> str:
         f'<header><h2>{_html(outcome.name)}</h2><p class="verdict">{_html(outcome.verdict)}</p>'
         f'<p class="dim">{_html(" · ".join(about))}</p>{notes}</header>'
     )
-    rows = "\n".join(_row(r) for r in outcome.results)
+    rows = "\n".join(_row(telling(r)) for r in outcome.results)
     return f'<section class="{tone}">\n{head}\n{rows}\n</section>'
 
 

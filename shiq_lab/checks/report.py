@@ -120,6 +120,15 @@ class Report:
         """The names of the checks that failed, in order."""
         return [r.name for r in self.results if r.status == FAILED]
 
+    def __str__(self) -> str:
+        """A line a check, then what failed and what it usually means."""
+        lines = [f"{self.subject} ({self.kind}): {'passed' if self.passed else 'failed ' + ', '.join(self.failed)}"]
+        lines += [f"  {r.status:16} {r.name:8} {r.title}" + (f" ({r.reason})" if r.reason else "") for r in self.results]
+        lines += [f"note: {note}" for note in self.notes]
+        bad_ones = [r for r in self.results if r.status in (FAILED, WARNED)]
+        lines += [f"{r.name}: {r.message}" + (f"\n  usually: {r.hint}" if r.hint else "") for r in bad_ones]
+        return "\n".join(lines)
+
     def __getitem__(self, name: str) -> Result:
         return next(r for r in self.results if r.name == name)
 

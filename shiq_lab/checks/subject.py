@@ -1,6 +1,5 @@
 """The loss under test: what it asks for, a guarded call, its gradient, the precision that it really computes in."""
 
-import inspect
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from shiq_lab.checks.loading import blame
 from shiq_lab.checks.runner import SubjectError
 from shiq_lab.checks.timelimit import TimedOut, time_limit
 from shiq_lab.checks.tolerances import EPS
-from shiq_lab.checks.traits import Traits
+from shiq_lab.checks.traits import Traits, signature_of
 from shiq_lab.errors import bad
 
 ALWAYS = (
@@ -59,7 +58,7 @@ class Subject:
     def names(self) -> frozenset[str]:
         """The contract's arguments that the loss takes; a ValueError where it needs others."""
         try:
-            parameters = inspect.signature(self.loss).parameters.values()
+            parameters = signature_of(self.loss).parameters.values()
         except (TypeError, ValueError):
             return frozenset(ALWAYS)
         if any(p.kind == p.VAR_KEYWORD for p in parameters):
@@ -68,7 +67,7 @@ class Subject:
         for p in parameters:
             positional = p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)
             if positional or (p.default is p.empty and p.name not in known and p.name not in self.options):
-                remedy = "Adapt its signature with shiq_lab.checks.adapters, or give the argument a default."
+                remedy = "Adapt it with shiq_lab.from_logprobs, from_response_logprobs or from_stats, or give it a default."
                 raise bad(self.name, f"keyword arguments among {', '.join(known)}", f"argument {p.name!r}", remedy)
         found = frozenset(p.name for p in parameters if p.name in known)
         if "logits" not in found:

@@ -1,6 +1,7 @@
 """What a loss may declare of itself, so that a legitimate choice is not called a bug."""
 
 import difflib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -58,8 +59,10 @@ class Traits:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise bad(name, f"one of {', '.join(map(str, allowed))}", repr(getattr(self, name)))
-        if not set(self.padding) <= {"right", "left"} or not self.padding:
-            raise bad("padding", "'right', 'left' or both", repr(self.padding))
+        for name, allowed in (("padding", ("right", "left")), ("dtypes", ("float64", "float32", "bfloat16", "float16"))):
+            given = getattr(self, name)
+            if not isinstance(given, (tuple, list)) or not given or not set(given) <= set(allowed):
+                raise bad(name, f"some of {', '.join(map(repr, allowed))}", repr(given), f"For instance ({allowed[0]!r},).")
 
     def filled(self) -> "Traits":
         """The same with every None that the kind decides put in."""
@@ -71,8 +74,18 @@ class Traits:
         return replace(self, **{k: v for k, v in by_kind.items() if getattr(self, k) is None})
 
 
-def declare(**traits: Any) -> Callable[[F], F]:
+def signature_of(loss: Callable[..., Any]) -> inspect.Signature:
+    """The signature that a call really has: of a torch module, whose own is (*args, **kwargs), that of its forward."""
+    inner = inspect.unwrap(loss)
+    forward = getattr(inner, "forward", None)
+    is_module = callable(forward) and hasattr(inner, "named_parameters") and not inspect.isclass(inner)
+    return inspect.signature(forward if is_module else loss)  # type: ignore[arg-type]
+
+
+def declare(*stray: Any, **traits: Any) -> Callable[[F], F]:
     """Decorator: `@declare(kind="trajectory", semi_gradient=True)` on a loss. Returns the same function."""
+    if stray:
+        raise bad("declare", "traits as keywords, @declare(kind=...)", repr(stray[0])[:60], "Call it: @declare(...).")
     check_names(traits)
     Traits(**traits)  # a wrong value is named here, where it stands
 

@@ -241,13 +241,21 @@ def _skips(component: Component) -> dict[str, str]:
     return {**no_turns(component), **({} if component.multi_turn else {"EG": "declared: multi_turn=False"})}
 
 
+def _bootstrap_skips(component: Component) -> dict[str, str]:
+    """Those of `_skips`; and TE, which is about ended against cut rows, where the function cannot tell these apart."""
+    if any(map(component.takes, ("terminated", "truncated", "next_value"))):
+        return _skips(component)
+    reason = "names neither terminated, truncated nor next_value: cut rows were not asked about"
+    return {**_skips(component), "TE": reason}
+
+
 GAE = Kind(
     "gae",
     {**only(*MASKS), **numbers("mask", "values", "next_value", "rewards", "gamma", "lam")},
     "float[B, L] advantages, or (advantages, returns); read at actions alone",
     partial(_return_cases, "gae"),
     _checks("gae", "advantage"),
-    skips=_skips,
+    skips=_bootstrap_skips,
 )
 N_STEP = Kind(
     "n_step",
@@ -255,7 +263,7 @@ N_STEP = Kind(
     "float[B, L] n-step targets; read at actions alone",
     partial(_return_cases, "n_step"),
     _checks("n_step", "target"),
-    skips=_skips,
+    skips=_bootstrap_skips,
 )
 TO_GO = Kind(
     "reward_to_go",

@@ -8,7 +8,7 @@
     statistics, policy  token_statistics, fused_policy_loss
 
 A function gets, by keyword, those of its kind's arguments that it names (a collator or packer gets its rows by position); a
-signature of another shape is wrapped in a lambda. `signature(kind)` prints what there is.
+signature of another shape is wrapped in a lambda. shiq_lab.component_signature(kind) says what there is.
 """
 
 import difflib
@@ -28,8 +28,14 @@ PURPOSES = ("value", "loss")
 
 
 def signature(kind: str) -> str:
-    """What a component of this kind may name, and what it must return."""
+    """What a component of this kind may name, with shapes, and what it must return."""
     return _lookup(kind).signature()
+
+
+component_signature = signature  # its public name, shiq_lab.component_signature
+
+
+component_signature = signature  # the name that the package exports
 
 
 def check_component(
@@ -46,7 +52,11 @@ def check_component(
 ) -> Report:
     """Checks a mask, return, advantage, baseline, estimator, collator, packer or fused path against an independent truth.
 
-    function     named arguments of the kind: `signature(kind)` lists them with their shapes
+    kind         completion_mask, attention_mask, response_length, truncated; gae, n_step, reward_to_go, reward_placement,
+                 score_readout; group_baseline, whitening, micro_batches; kl_estimator, kl_baseline; collator, packing;
+                 token_statistics, fused_policy_loss
+    function     gets, by keyword, those of its kind's arguments that it names (a collator or packer gets its rows by position).
+                 print(shiq_lab.component_signature(kind)) shows all arguments with their shapes, and what must be returned
     padding      sides that it stands
     multi_turn   False where it is made for one prompt and one completion alone: checks with observation tokens are skipped
     purpose      kl_estimator: "loss" asks for the expected gradient of KL(pi || ref); "value" takes that of any estimator

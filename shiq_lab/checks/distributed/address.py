@@ -10,29 +10,41 @@ from typing import Any
 
 from shiq_lab.errors import bad
 
+TOP = "Put it at the top of a module, with def: other processes import it."
+
 
 def address_of(argument: str, function: Any) -> tuple[str, Any] | None:
-    """How another process finds a function: by pickle (module and name), or by "file.py:name" or "module:name"."""
+    """How another process finds a function: by pickle (module and name), or by "file.py:name" or "module:name".
+
+    ValueError for what no other process can find: no such file, a lambda, a function inside a function, an object.
+    """
     if function is None:
         return None
     if isinstance(function, str):
         if ":" not in function:
             raise bad(argument, "'path/to/file.py:name' or 'package.module:name'", repr(function))
+        place = function.rpartition(":")[0]
+        if _is_file(function) and not os.path.isfile(place):
+            raise bad(argument, "a file that exists", repr(function), f"There is no {os.path.abspath(place)}.")
         return "name", os.path.abspath(function) if _is_file(function) else function
     if not callable(function):
         raise bad(argument, "a function", type(function).__name__)
+    name = getattr(function, "__qualname__", type(function).__name__)
+    if "<" in name:  # <lambda>, or f.<locals>.g
+        raise bad(argument, "a function at the top of a module", name, TOP)
     if getattr(function, "__module__", "") == "__main__":  # a script: there "__main__" means something else
         file = getattr(sys.modules["__main__"], "__file__", None)
         if file is None:
             raise bad(
                 argument, "a function in a file", "one typed in by hand", "Write it to a file: other processes import it."
             )
-        return "name", f"{os.path.abspath(file)}:{function.__qualname__}"
+        if not hasattr(function, "__qualname__"):
+            raise bad(argument, "a function at the top of a module", f"an object of {name}", TOP)
+        return "name", f"{os.path.abspath(file)}:{name}"
     try:
         return "pickle", pickle.dumps(function)
     except Exception as error:
-        remedy = "Put it at the top of a module: other processes import it."
-        raise bad(argument, "a function that can be pickled", f"{function!r} ({error})", remedy) from None
+        raise bad(argument, "a function that can be pickled", f"{function!r} ({error})", TOP) from None
 
 
 def _is_file(name: str) -> bool:

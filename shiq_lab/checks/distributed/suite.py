@@ -27,7 +27,7 @@ process with all the rows; for "vocab" it is TokenStats.from_logits, which knows
 
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,7 +42,7 @@ from shiq_lab.checks.distributed.comparing import (
 )
 from shiq_lab.checks.distributed.processes import Processes
 from shiq_lab.checks.distributed.scenario import DTYPES, Scenario
-from shiq_lab.checks.report import Check, Report
+from shiq_lab.checks.report import Check, Report, Result
 from shiq_lab.checks.runner import run_checks
 from shiq_lab.errors import bad
 
@@ -96,20 +96,30 @@ def check_distributed(
     time_limit: float = 60.0,
     processes: Processes | None = None,
     name: str = "",
-    **options: Any,
+    expect_fail: Mapping[str, str] | None = None,
+    strict: bool = False,
+    on_result: Callable[[Result], None] | None = None,
 ) -> Report:
-    """Two processes against one: DI, DI-empty, DI-value, IN, DT of DISTRIBUTED_CHECKS. The contract is this file's head.
+    """Two processes over gloo against one process: DI, DI-empty, DI-value, IN, DT of DISTRIBUTED_CHECKS.
 
-    step        a function at the top of a module, or "file.py:name" or "package.module:name"
-    kind        "data", "context" or "vocab"
-    combine     what happens to gradients over ranks afterwards: "mean", "sum" or "none"; not for "vocab"
+    step        a function at the top of a module, or "file.py:name" or "package.module:name"; other processes import it, so
+                guard a script with `if __name__ == "__main__":`
+    kind        "data"     step(model, batch, group) -> loss, a scalar; every rank gets rows of its own
+                "context"  step(model, batch, group) -> loss; every rank gets all rows, the step shares out the positions
+                "vocab"    step(hidden, head, batch, group) -> TokenStats; every rank gets all rows, hidden float[B, L, D]
+                           and its own V / size columns of the head, in order of rank
+                model: shiq_lab.TabularLM, model(input_ids, attention_mask).logits; batch: shiq_lab.TokenBatch; group: the
+                process group of all ranks, also the default one. The check calls backward
+    combine     what happens to gradients over ranks afterwards: "mean" (as DDP and FSDP do), "sum", or "none" (every rank
+                has the whole gradient already); not for "vocab"
     reference   "vocab": a function like step for the frozen reference's statistics, if they come by another path
     empty_rank  "data": stands a rank without actions
     dtype       of the fixtures: "float64" or "float32"
     time_limit  seconds a job; processes that hang are killed
     processes   a Processes to share between calls, since starting one takes seconds; its own time limit holds
-    options     expect_fail, strict and on_result of run_checks
-    Raises ValueError for arguments that are none of these; what the step does wrong is in the report.
+    expect_fail {check: the reason why it must fail}; strict: warnings are failures; on_result(result): after each check
+    Raises ValueError for arguments that are none of these; what the step does wrong is in the report. Right steps to start
+    from: data_parallel, context_parallel and vocab_parallel_stats of shiq_lab.checks.distributed.parallel.
     """
     for argument, value, allowed in (("kind", kind, KINDS), ("combine", combine, COMBINE), ("dtype", dtype, tuple(DTYPES))):
         if value not in allowed:
@@ -124,7 +134,15 @@ def check_distributed(
     name = name or (step if isinstance(step, str) else getattr(step, "__qualname__", repr(step)))
     with _borrowed(processes, time_limit) as pair:
         subject = Subject(payload, pair, scenario, reference is not None, empty_rank)
-        return run_checks(DISTRIBUTED_CHECKS, subject, name=name, kind=f"distributed {kind}", **options)
+        return run_checks(
+            DISTRIBUTED_CHECKS,
+            subject,
+            name=name,
+            kind=f"distributed {kind}",
+            expect_fail=expect_fail,
+            strict=strict,
+            on_result=on_result,
+        )
 
 
 @contextmanager

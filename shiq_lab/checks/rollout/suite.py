@@ -1,13 +1,13 @@
 """check_rollout: the six checks of a sampler and a trainer, and the one entry. The protocols stand in protocol.py."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from shiq_lab.checks.report import Check, Measured, Report
+from shiq_lab.checks.report import Check, Measured, Report, Result
 from shiq_lab.checks.rollout.probabilities import frequencies_agree, log_probs_agree, weights_arrive
 from shiq_lab.checks.rollout.protocol import Ids, Sampler, Setting, Trainer
 from shiq_lab.checks.rollout.subject import Pair
@@ -76,10 +76,25 @@ def check_rollout(
     tolerance: float | None = None,
     logprobs_of: str = "sampled",
     name: str = "",
-    **options: Any,
+    expect_fail: Mapping[str, str] | None = None,
+    strict: bool = False,
+    on_result: Callable[[Result], None] | None = None,
 ) -> Report:
     """Six checks of a sampler and a trainer: LP, FQ, TP, ID, AL, WS of ROLLOUT_CHECKS.
 
+    Two objects of yours, adapters of a dozen lines around an engine and whatever holds the weights:
+
+        from shiq_lab.checks.rollout.protocol import Rollout, TrainingRow, Turn
+
+    sampler      .generate(prompts, *, n, temperature, top_p, seed) -> n x Rollout(turns) a prompt, the first prompt's first;
+                     Turn(context, completion, logprobs): one call of the model; the ids that it was given (everything before
+                     this turn included), the ids that it sampled, and the log-probability of each when it was drawn
+                 .synchronise(): takes over the trainer's weights
+    trainer      .logprobs(rows, *, temperature, top_p) -> for each list of ids as many numbers as ids; entry i is what the
+                     loss calls ln pi(row[i] | row[:i])
+                 .training_rows(rollouts) -> TrainingRow(rollout, input_ids, completion_mask, old_logprobs=None): the rows
+                     that the loss would get; `rollout` is the number of the episode in the given list
+                 .update(): one training step, which must move the weights
     prompts      lists of ids that end where the policy speaks
     n            rollouts a prompt and setting; FQ needs a few hundred
     settings     (temperature, top_p) pairs; the first is used where one is enough
@@ -87,7 +102,7 @@ def check_rollout(
     tolerance    in nats, instead: for stacks whose logits differ by more than rounding
     logprobs_of  "sampled": returned log-probs are of the distribution drawn from. "full vocabulary": before top_p; then
                  FQ leaves settings with top_p < 1 out, and the trainer's must ignore top_p too
-    options      expect_fail, strict and on_result of run_checks
+    expect_fail  {check: the reason why it must fail}; strict: warnings are failures; on_result(result): after each check
     Raises ValueError for arguments that are none of these; whatever sampler and trainer do wrong is in the report.
     """
     n, seed = at_least("n", n, 1), at_least("seed", seed, 0)
@@ -102,6 +117,7 @@ def check_rollout(
     _check_methods("sampler", sampler, ("generate", "synchronise"))
     _check_methods("trainer", trainer, ("logprobs", "training_rows", "update"))
     eps, chosen = torch.finfo(DTYPES[dtype]).eps, _settings(settings)
+    options: dict[str, Any] = {"expect_fail": expect_fail, "strict": strict, "on_result": on_result}
     name = name or f"{type(sampler).__name__} and {type(trainer).__name__}"
     try:
         pair = Pair(sampler, trainer, prompts, chosen, n, seed, tolerance, eps, logprobs_of)

@@ -145,10 +145,10 @@ class TrainerSubject:
             table = table.to(getattr(torch, coarse)).to(table.dtype) if coarse else table
             models.append(self.traits.make_model(world.mdp, table, trainable=trainable, dropout=dropout, dtype=dtype))
         rows = copy.deepcopy(world.dataset)
-        trainer = self.guarded("factory", lambda: self.factory(models[0], models[1], rows, config))
+        trainer = self.guarded("the factory", lambda: self.factory(models[0], models[1], rows, config))
         for name in ("step", "model"):
             if not hasattr(trainer, name):
-                raise SubjectError(f"factory returned {type(trainer).__name__} without .{name}")
+                raise SubjectError(f"the factory returned {type(trainer).__name__} without .{name}")
         return trainer, *models
 
     def guarded(self, what: str, run: Callable[[], Any]) -> Any:

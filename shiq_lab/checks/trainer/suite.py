@@ -11,13 +11,14 @@ and .ratios, the importance ratios of the last step.
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shiq_lab.checks.report import Check, Measured, Report, Result, Skip
-from shiq_lab.checks.runner import run_checks
+from shiq_lab.checks.runner import SubjectError, run_checks
 from shiq_lab.checks.tolerances import EPS
 from shiq_lab.checks.trainer.rows import Example, World
 from shiq_lab.checks.trainer.subject import HALF_SLACK, SLACK, Factory, TrainerSubject, trainer_traits
@@ -27,7 +28,16 @@ from shiq_lab.errors import bad
 CHANGE = 1e-3
 NOTHING = 1e-12  # a gradient below this is none: rewards and logits are of the order of 1
 RATIO = "the rollout's and the trainer's log-probabilities of one model differ: padding, positions or dropout"
-DROPOUT = "dropout is active in the pass of the policy or of the reference"
+DROPOUT = (
+    "dropout is active in the pass of the policy or of the reference: call model.eval() / ref_model.eval(), "
+    "or declare dropout=True"
+)
+FLOAT32 = (
+    "float32 rounding: something is cast to float32 (rewards?); use model.table.dtype, "
+    "or declare dtypes=('float32', 'bfloat16')"
+)
+SINGLE = (1e-9, 1e-6)  # shares of a gradient that roundings of float32, 6e-8 each, leave; those of float64 stay below
+FACTORY = "a factory takes (model, ref_model, dataset, config); did you forget to call trl_dpo() or plain_loop(loss)?"
 
 
 def check_fixed_point(s: TrainerSubject) -> Iterator[Measured]:
@@ -42,11 +52,17 @@ def check_fixed_point(s: TrainerSubject) -> Iterator[Measured]:
         for cell in s.cells(world, "optimum"):
             total = s.expected(world, "optimum", cell)
             what = "expected gradient at the optimum, as a share of that at the reference"
-            yield s.compare(what, world, total, None, cell.calls[0][0], scale=pull)
+            yield _told(s, s.compare(what, world, total, None, cell.calls[0][0], scale=pull))
         for side in s.traits.padding if s.traits.kind in ("bellman", "trajectory") else ():
             total = s.gradient(world, "optimum", world.dataset, padding_side=side)
             what = f"gradient of all rows in one batch at the optimum, padded {side}, as a share of that at the reference"
-            yield s.compare(what, world, total, None, world.dataset, scale=pull)
+            yield _told(s, s.compare(what, world, total, None, world.dataset, scale=pull))
+
+
+def _told(s: TrainerSubject, found: Measured) -> Measured:
+    """A share of the size of float32's roundings gets that as its hint, where the checks run in float64."""
+    single = s.traits.dtypes[0] == "float64" and not found.holds and SINGLE[0] <= found.value <= SINGLE[1]
+    return replace(found, hint=FLOAT32) if single else found
 
 
 def check_convergence(s: TrainerSubject) -> Iterator[Measured]:
@@ -317,9 +333,31 @@ def check_trainer(
 ) -> Report:
     """Whether a whole trainer keeps the exact optimum where it is, and nothing else about it matters.
 
-    factory(model, ref_model, dataset, config) as at the top of this file; traits as in TrainerTraits, by default those that the
-    factory declares. checks: names of TRAINER_CHECKS to run alone. expect_fail maps a check to the reason why it must fail.
-    Raises ValueError for traits that do not exist; what the trainer itself raises is a failed check.
+        from shiq_lab.checks.trainer.loop import plain_loop
+        from shiq_lab.hf.factories import trl_dpo, trl_rloo                     # need the extra hf
+        check_trainer(plain_loop(loss, kind="bellman"))
+        check_trainer(trl_dpo())
+
+    factory      factory(model, ref_model, dataset, config) -> an object with .step(rows) and .model, for each setting anew
+    model, ref_model
+                 causal language models, model(input_ids, attention_mask).logits, whose parameter .table float[S, V] is at
+                 values that the suite chooses
+    dataset, rows
+                 lists of dicts: prompt_ids, completion_ids, completion_mask, rewards, reward, terminated, group; for
+                 kind="preference" prompt_ids, chosen_ids, rejected_ids, chosen_reward, rejected_reward, group; always index
+                 (the place in dataset) and weight (a probability). completion_mask and rewards: an entry a completion token
+    config       shiq_lab.checks.trainer.rows.TrainerConfig: kind, beta, gamma, lr (plain SGD's), batch_size, accumulation,
+                 padding_side, pad_to_multiple_of, pad_id, group_size, packing, dtype, options
+    .step(rows)  trains on these rows; it may return the loss. The gradient is read from .gradient (summed over the call's
+                 optimiser steps), else .model.table.grad, else the change of the table at learning rate 1
+    optional     .evaluate(rows) -> the loss; .ratios, the importance ratios of the last step
+    kind, traits bellman, trajectory, policy_only, on_policy or preference, and the fields of
+                 shiq_lab.checks.trainer.subject.TrainerTraits; by default what factory.trainer_traits declares
+    checks       names of TRAINER_CHECKS to run alone: FP, CV, BS, PAD, DT, IN, PU, EV, PK, CF
+    expect_fail  {check: the reason why it must fail}; strict: warnings are failures; on_result(result): after each check
+
+    Raises ValueError for arguments and traits that do not exist, SubjectError for a factory that makes no trainer at all.
+    What the trainer raises later is a failed check.
     """
     if not callable(factory):
         raise bad("factory", "a function (model, ref_model, dataset, config)", repr(factory))
@@ -333,6 +371,15 @@ def check_trainer(
     subject = TrainerSubject(factory, found)
     with torch.random.fork_rng(devices=[]):  # trainers seed the global state; dropout and shuffling are to repeat
         torch.manual_seed(0)
+        _buildable(subject)
         return run_checks(
             chosen, subject, name=label, kind=found.kind, expect_fail=expect_fail, strict=strict, on_result=on_result
         )
+
+
+def _buildable(subject: TrainerSubject) -> None:
+    """One trainer, kept for the checks: a wrong factory is said once, not by every check."""
+    try:
+        subject.cached(subject.worlds[0], "reference")
+    except SubjectError as error:
+        raise SubjectError(f"{error}: {FACTORY}") from error.__cause__
