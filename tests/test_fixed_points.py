@@ -14,7 +14,7 @@ from strategies import EPS
 from test_relatives import exact_slopes
 from torch import Tensor
 
-from shiq_lab import cli, enumerate_trajectories, solve
+from shiq_lab import cli, enumerate_trajectories, objectives, solve
 from shiq_lab import fixed_points as fp
 from shiq_lab.enumeration import count_trajectories
 from shiq_lab.facts import Case, bias_formulas, expected_gradient
@@ -101,7 +101,7 @@ def test_worlds_are_generic(world: World) -> None:
     assert (int(lengths.min()), int(lengths.max())) == ((1, 1) if world.name == "one token" else (1, 5))
     for name, policy in world.policies.items():
         listed = enumerate_trajectories(mdp, behavior=policy.numpy())
-        point = fp.stack(world, fp._l_star(world)[None], torch.zeros(1, mdp.n_states), policy[None])
+        point = objectives.stack(world, objectives._l_star(world)[None], torch.zeros(1, mdp.n_states), policy[None])
         assert torch.equal(listed.input_ids, point.batch.input_ids)
         assert float((listed.weights - point.batch.weights).abs().max()) <= 64 * EPS, name
         assert float(point.batch.weights.min()) > 0
@@ -176,7 +176,7 @@ def test_the_jacobian_is_the_hessian_of_a_true_loss() -> None:
         def loss(x: Tensor, s: Any = s, world: Any = world, best: Any = best, v: Any = v, states: Any = states) -> Tensor:
             table = best.index_put((world.edges[:, 0], world.edges[:, 1]), x[: len(world.edges)])
             values = v.index_put((states,), x[len(world.edges) :])
-            return s.loss(fp.stack(world, table[None], values[None], world.policies["random"][None]))
+            return s.loss(objectives.stack(world, table[None], values[None], world.policies["random"][None]))
 
         point = torch.cat([best[edges[:, 0], edges[:, 1]], v[states]])
         wanted = torch.autograd.functional.hessian(loss, point).numpy()
@@ -189,7 +189,7 @@ def test_the_jacobian_follows_the_policy() -> None:
     which knows no listing; without following the data it is another matrix."""
     world = DETERMINISTIC
     case = Case(world.mdp, world.beta, world.gamma)
-    best, edges = fp._l_star(world).numpy(), world.edges.numpy()
+    best, edges = objectives._l_star(world).numpy(), world.edges.numpy()
     step = 1e-4
     wanted = np.zeros((len(edges), len(edges)))
     for j, (state, token) in enumerate(edges):
@@ -218,7 +218,7 @@ def test_null_directions_leave_the_loss_alone() -> None:
         far += shift[:, None]
         found, _ = fields(s, world, far[None], torch.zeros(1, world.mdp.n_states), world.policies["random"][None])
         assert float(found.abs().max()) <= world.bound(far[None])
-    moved = fp._l_star(DETERMINISTIC) + shift[:, None]
+    moved = objectives._l_star(DETERMINISTIC) + shift[:, None]
     found, _ = fields(
         subject("ShiQ"), DETERMINISTIC, moved[None], torch.zeros(1, DETERMINISTIC.mdp.n_states),
         DETERMINISTIC.policies["random"][None],
@@ -265,7 +265,7 @@ def test_k1_in_the_loss_forgets_beta() -> None:
     """The expected gradient on own data is the same at any beta: the KL has no effect."""
     world, s = DETERMINISTIC, subject("REINFORCE, k1 in the loss")
     v = torch.zeros(1, world.mdp.n_states)
-    table = fp._l_star(world)[None]
+    table = objectives._l_star(world)[None]
     own = world.policies["on-policy"][None]
     louder = World(world.name, world.rewards, world.gamma, world.mdp, beta=50.0)
     one, other = (fields(s, w, table, v, own)[0] for w in (world, louder))
@@ -279,7 +279,7 @@ def test_a_wrong_value_is_no_harm_on_its_own_data_alone() -> None:
     """The harm of A*-PO's wrong V* grows in proportion to how wrong it is, and is none on data of pi*."""
     world, rows = DETERMINISTIC, []
     for wrong in (0.5, 1.0):
-        loss = fp._of(consistency.a_star_loss, v_star=lambda p, w=wrong: p.v_star + w)
+        loss = objectives._of(consistency.a_star_loss, v_star=lambda p, w=wrong: p.v_star + w)
         rows.append(measure(Subject("A*-PO", loss, "on-policy"), world))
         assert not complaints(rows[-1])
     for half, whole in zip(*rows, strict=True):
@@ -306,7 +306,7 @@ def planted() -> dict[str, tuple[Subject, World, str]]:
         "nothing learned": (Subject("x", stopped, "always", "none"), DETERMINISTIC, "fixes"),
         "one number a state": (replace(subject("semi-gradient, through the value"), fixes=""), DETERMINISTIC, "fixes"),
         "values": (replace(subject("PCL, one step"), value_theory="always"), RANDOM, "value"),
-        "optimum": (replace(subject("TBRM"), optimum=fp._l_star), DETERMINISTIC, "stationary"),
+        "optimum": (replace(subject("TBRM"), optimum=objectives._l_star), DETERMINISTIC, "stationary"),
     }
 
 

@@ -39,6 +39,22 @@ def walk(next_state: Tensor, start: int, input_ids: Tensor, real: Tensor, first:
     return out
 
 
+def states_of(
+    next_state: Tensor, start: int, input_ids: Tensor, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None
+) -> Tensor:
+    """`walk` along a causal language model's inputs: padding and packed segments as the masks say; int[B, L]."""
+    if input_ids.ndim != 2 or input_ids.is_floating_point():
+        raise bad("input_ids", "integers [B, L]", f"{input_ids.dtype}, shape {tuple(input_ids.shape)}")
+    for name, mask in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
+        if mask is not None and mask.shape != input_ids.shape:
+            raise bad(name, f"shape {tuple(input_ids.shape)}, as input_ids", f"shape {tuple(mask.shape)}")
+    real = torch.ones_like(input_ids) == 1 if attention_mask is None else attention_mask == 1
+    first = None
+    if segment_ids is not None:
+        first = real & (segment_ids != torch.nn.functional.pad(segment_ids, (1, 0))[:, :-1])
+    return walk(next_state, start, input_ids, real, first)
+
+
 class TabularLM(nn.Module):
     """A table of logits float[S, V] with the interface of a causal language model.
 
@@ -85,16 +101,7 @@ class TabularLM(nn.Module):
 
     def states(self, input_ids: Tensor, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
         """The automaton's state after each token, int[B, L]; -1 where there is none."""
-        if input_ids.ndim != 2 or input_ids.is_floating_point():
-            raise bad("input_ids", "integers [B, L]", f"{input_ids.dtype}, shape {tuple(input_ids.shape)}")
-        for name, mask in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
-            if mask is not None and mask.shape != input_ids.shape:
-                raise bad(name, f"shape {tuple(input_ids.shape)}, as input_ids", f"shape {tuple(mask.shape)}")
-        real = torch.ones_like(input_ids) == 1 if attention_mask is None else attention_mask == 1
-        first = None
-        if segment_ids is not None:
-            first = real & (segment_ids != torch.nn.functional.pad(segment_ids, (1, 0))[:, :-1])
-        return walk(self.next_state, self.mdp.start, input_ids, real, first)
+        return states_of(self.next_state, self.mdp.start, input_ids, attention_mask, segment_ids)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None

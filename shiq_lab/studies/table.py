@@ -1,0 +1,18 @@
+"""The studies by name, in the order in which they are told. A line each to add one."""
+
+import difflib
+
+from shiq_lab.errors import bad
+from shiq_lab.studies.frame import Study
+
+_ALL: tuple[Study, ...] = ()
+STUDIES: dict[str, Study] = {study.name: study for study in _ALL}
+
+
+def lookup(name: str) -> Study:
+    """The study of that name; an unknown one is a ValueError that suggests the nearest."""
+    if name in STUDIES:
+        return STUDIES[name]
+    near = difflib.get_close_matches(str(name).lower(), STUDIES, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(STUDIES)}."
+    raise bad("NAME", "a study", repr(name), hint)
