@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-slow bench lint clean
+.PHONY: demo test test-slow docs bench lint clean
 
 demo: .venv/ready
 	$(BIN)/shiq-lab selftest
@@ -12,8 +12,12 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
-test-slow: .venv/ready-hf
+test-slow: .venv/ready-hf .venv/ready-docs
 	$(BIN)/python -m pytest -n auto -m slow
+
+# The site: docs/_build/html, from the docstrings, the notebooks' outputs, README and docs/.
+docs: .venv/ready-docs
+	$(BIN)/python docs/make_site.py
 
 bench: .venv/ready
 	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) -e ".[bench]"
@@ -35,5 +39,9 @@ lint: .venv/ready
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e ".[test,hf]"
 	@touch $@
 
+.venv/ready-docs: .venv/ready
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e ".[docs]"
+	@touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist docs/_build *.egg-info

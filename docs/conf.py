@@ -1,22 +1,25 @@
-"""Sphinx's settings; docs/build.py lays out the pages and calls it."""
+"""Sphinx's settings; docs/make_site.py lays out the pages and calls it."""
 
 import sys
 from pathlib import Path
 
+from sphinx.application import Sphinx
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-import api  # noqa: E402
+import api_pages  # noqa: E402
 
 project = "shiq_lab"
 author = "the shiq_lab authors"
 copyright = "the shiq_lab authors, Apache-2.0"
-extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx_copybutton", "extension"]
+extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx_copybutton", "plain_docstrings"]
 exclude_patterns = ["_*.md", "files"]
-suppress_warnings = ["toc.empty_glob"]  # there may be no studies yet; a test asks for a page of every notebook
+
+smartquotes = False  # quotes in docstrings are code
 
 html_theme = "furo"
 html_title = "shiq_lab"
-html_static_path = [str(HERE / "site.css"), "_static"]
+html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
@@ -37,5 +40,12 @@ add_module_names = False
 python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
 
-_found = api.modules(HERE.parent)
-api_names = {"imports": {name: module.imports for name, module in _found.items()}, "public": api.public_names(_found)}
+_found = api_pages.modules(HERE.parent)
+api_imports = {name: module.imports for name, module in _found.items()}
+api_public = api_pages.public_names(_found)
+api_symbols = {symbol.name for module in _found.values() for symbol in module.symbols} | set(_found)
+
+
+def setup(app: Sphinx) -> None:
+    """MathJax lies with the pages."""
+    app.config.html_static_path.append(str(app.srcdir / "_static"))

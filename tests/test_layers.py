@@ -126,6 +126,7 @@ ROOMS = (
     "studies.__init__",
     "studies.statistics",
     "studies.frame",
+    "studies.tiny_truth",
     "studies.reward_kl",
     "studies.ablation",
     "studies.off_policy",
@@ -136,6 +137,7 @@ ROOMS = (
     "studies.metric",
     "studies.table",
     "pictures",
+    "notebook",
     "cli",
 )
 ADD = "add it to ROOMS in tests/test_layers.py, below everything that it imports (and to PURE if it has no side effects)"

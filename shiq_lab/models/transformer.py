@@ -60,8 +60,8 @@ class TinyTransformer(nn.Module):
 
     logits[:, i] scores input_ids[:, i + 1]. Padding may stand on either side and its ids may hold anything; tokens of packed
     segments see only their own. width is a multiple of 2 * heads. `tied`: the head is the embedding. The weights come from
-    `seed` alone; `.double()` makes it float64. Raises ValueError for sizes that do not fit, and for ids outside the vocabulary where
-    attention_mask is 1.
+    `seed` alone; `.double()` makes it float64. Raises ValueError for sizes that do not fit, and for ids outside the vocabulary
+    where attention_mask is 1.
     """
 
     def __init__(
@@ -74,12 +74,13 @@ class TinyTransformer(nn.Module):
             raise bad(
                 "width", f"a multiple of 2 * heads = {2 * heads}", repr(width), "Rotary positions turn pairs of features."
             )
-        self.embed = nn.Embedding(n_tokens, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        self.norm = RMSNorm(width)
-        self.head = nn.Linear(width, n_tokens, bias=False)
-        if tied:
-            self.head.weight = self.embed.weight
+        with torch.random.fork_rng(devices=[]):  # the layers draw first weights of their own, from the global state
+            self.embed = nn.Embedding(n_tokens, width)
+            self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+            self.norm = RMSNorm(width)
+            self.head = nn.Linear(width, n_tokens, bias=False)
+            if tied:
+                self.head.weight = self.embed.weight
         self._draw(torch.Generator().manual_seed(seed), layers)
 
     def _draw(self, generator: torch.Generator, layers: int) -> None:

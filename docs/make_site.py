@@ -1,8 +1,8 @@
-"""Builds the site: `make docs`, or `python docs/build.py [FOLDER]`. Nothing is fetched, to build it or to read it.
+"""Builds the site: `make docs`, or `python docs/make_site.py [FOLDER]`. Nothing is fetched, to build it or to read it.
 
-The pages come from all over the repository (README, notebooks, docstrings), so they are first laid out in FOLDER/source and then
-built by Sphinx into FOLDER/html; a warning is an error. Links between files of the repository become links between pages, and a
-link to a file that is not there is an error.
+The pages come from all over the repository (README, notebooks, docstrings): they are first laid out in FOLDER/source and then
+built by Sphinx into FOLDER/html; a warning is an error. Links between files of the repository become links between pages,
+and a link to a file that is not there is an error.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import api  # noqa: E402
+import api_pages  # noqa: E402
 
 LINK = re.compile(r"```.*?```|`[^`\n]*`|(?P<open>\]\(|<img [^>]*?src=\")(?P<to>[^)\s\"]+)", re.DOTALL)
 ELSEWHERE = re.compile(r"[a-z]+:|#|data:")
@@ -31,10 +31,9 @@ FOLDERS = {
 class Stage:
     """The folder that Sphinx reads: files are written where they changed alone, so that a second build is short."""
 
-    def __init__(self, root: Path, folder: Path) -> None:
-        self.root, self.folder = root, folder
+    def __init__(self, root: Path, folder: Path, modules: dict[str, api_pages.Module]) -> None:
+        self.root, self.folder, self.modules = root, folder, modules
         self.written: set[Path] = set()
-        self.modules = api.modules(root)
 
     def write(self, name: str, data: str | bytes) -> None:
         """A file of the stage."""
@@ -100,8 +99,8 @@ class Stage:
         self.write("_top.md", self.relink(top, "README.md", "index.md"))
         self.write("guide.md", "# Guide\n\n" + self.relink(rest, "README.md", "guide.md"))
         for path in sorted((self.root / "docs").glob("*.md")):
-            name = path.name
-            self.write(name, self.relink(self.read(f"docs/{name}"), f"docs/{name}", name))
+            name, text = path.name, path.read_text(encoding="utf-8")
+            self.write(name, self.listed(text) if name == "index.md" else self.relink(text, f"docs/{name}", name))
         self.write("changelog.md", self.relink(self.read("CHANGELOG.md"), "CHANGELOG.md", "changelog.md"))
         shown = ["# Examples\n\nWhat `shiq-lab check examples/NAME.py:loss` is given; the first is the one to copy.\n"]
         for path in sorted((self.root / "examples").glob("*.py")):
@@ -109,23 +108,33 @@ class Stage:
             shown.append(f"(example-{path.stem})=\n## {path.name}\n\n````python\n{code}\n````\n")
         self.write("examples.md", "\n".join(shown))
 
+    def listed(self, text: str) -> str:
+        """The start page, with "notebooks/*" in its lists replaced by what there is (Sphinx minds an empty pattern)."""
+
+        def names(match: re.Match[str]) -> str:
+            paths = sorted((self.root / "docs").glob(match[0] + ".md")) + sorted(self.root.glob(match[0][:-1] + "[!.]*.ipynb"))
+            return "\n".join(match[0].rpartition("/")[0] + "/" * ("/" in match[0]) + path.stem for path in paths)
+
+        return re.sub(r"(?m)^[\w/]+\*$", names, text)
+
     def notebooks(self) -> None:
         """Every notebook with the outputs that it was committed with."""
-        for path in sorted((self.root / "notebooks").glob("*.ipynb")):
+        for path in sorted((self.root / "notebooks").glob("[!.]*.ipynb")):
             name = f"notebooks/{path.name}"
             book = without_widgets(json.loads(path.read_text(encoding="utf-8")))
+            book["metadata"].setdefault("language_info", {"name": "python"})  # not there before a kernel has seen it
             for cell in book["cells"]:
                 if cell["cell_type"] == "markdown":
                     cell["source"] = self.relink("".join(cell["source"]), name, name)
             self.write(name, json.dumps(book, indent=1))
 
-    def reference(self) -> None:
+    def api(self) -> None:
         """The API; a public symbol without a docstring ends the build."""
-        api.check(self.modules)
-        listed = api.pages(self.modules, self.read("README.md"))
-        self.write("api/index.rst", api.index(self.modules, listed))
+        api_pages.check(self.modules)
+        listed = api_pages.pages(self.modules, self.read("README.md"))
+        self.write("api/index.rst", api_pages.index(self.modules, listed))
         for name, members in listed.items():
-            self.write(f"api/{name}.rst", api.page(name, members))
+            self.write(f"api/{name}.rst", api_pages.page(name, members))
 
     def environments(self) -> None:
         """A card a page, with the numbers of `shiq-lab envs --json`, and their list."""
@@ -134,20 +143,24 @@ class Stage:
             self.write(f"environments/{symbol.qualname}.rst", card(row, self.modules[symbol.module]))
         columns = ("states", "tokens", "beta", "gamma")
         lines = [
-            (f":doc:`{row['name']} <{symbol.qualname}>`", api.first_line(row["summary"]), *(f"{row[key]:g}" for key in columns))
+            (
+                f":doc:`{row['name']} <{symbol.qualname}>`",
+                api_pages.first_line(row["summary"]),
+                *(f"{row[key]:g}" for key in columns),
+            )
             for row, symbol in rows
         ]
         parts = [
-            api.heading("Environments"),
+            api_pages.heading("Environments"),
             "Each is a builder that returns a token automaton, with a card that says what it tests.\n",
-            api.table(lines, ("name", "what it is", *columns)),
-            api.body(self.modules["shiq_lab.envs"]),
+            api_pages.table(lines, ("name", "what it is", *columns)),
+            api_pages.body(self.modules["shiq_lab.envs"]),
             ".. toctree::\n   :hidden:\n",
             *(f"   {row['name']} <{symbol.qualname}>" for row, symbol in rows),
         ]
         self.write("environments/index.rst", "\n".join(parts) + "\n")
 
-    def builder(self, name: str) -> api.Symbol:
+    def builder(self, name: str) -> api_pages.Symbol:
         """The function behind a name of ENVIRONMENTS: the table's entry names it, and an import says whose it is."""
         table = self.modules["shiq_lab.envs"]
         entry = re.search(rf'"{name}": Environment\((\w+)', ast_text(table))
@@ -167,9 +180,9 @@ class Stage:
             self.write(f"_static/mathjax/{path.relative_to(home).as_posix()}", path.read_bytes())
 
 
-def ast_text(module: api.Module) -> str:
+def ast_text(module: api_pages.Module) -> str:
     """A module's source without its formatting."""
-    return api.ast.unparse(module.tree).replace("'", '"')
+    return api_pages.ast.unparse(module.tree).replace("'", '"')
 
 
 def split_readme(readme: str) -> tuple[str, str]:
@@ -204,35 +217,38 @@ def environment_rows(root: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def card(row: dict[str, Any], module: api.Module) -> str:
-    """The page of an environment: its numbers, its card, how it is called, and what else stands in its file."""
-    horizon = "none" if row["horizon"] is None else str(row["horizon"])
-    numbers = (str(row["states"]), str(row["policy_states"]), str(row["tokens"]), f"{row['beta']:g}", f"{row['gamma']:g}", horizon)
-    name = row["name"]
-    use = f'shiq_lab.make("{name}")\ngymnasium.make("shiq_lab:shiq/{name}-v0")\n'
+def card(row: dict[str, Any], module: api_pages.Module) -> str:
+    """The page of an environment: its numbers, how it is made, its card, and what else stands in its file."""
+    numbers = {
+        "states": f"{row['states']}; the policy's that can be reached: {row['policy_states']}",
+        "tokens": row["tokens"],
+        "horizon": "none" if row["horizon"] is None else f"{row['horizon']} policy tokens",
+        "replies": "certain after the first action" if row["deterministic"] else "random",
+        "beta": f"{row['beta']:g}",
+        "gamma": f"{row['gamma']:g}",
+    }
     return "\n".join([
-        api.heading(name),
-        f"{api.first_line(row['summary'])[:1].upper()}{api.first_line(row['summary'])[1:]}\n",
-        api.table([numbers], ("states", "the policy's, reachable", "tokens", "beta", "gamma", "horizon")),
-        "Replies and prompts are " + ("random.\n" if not row["deterministic"] else "certain, or never depend on chance later.\n"),
+        api_pages.heading(row["name"]),
+        f".. py:module:: {module.name}\n",
         ".. code-block:: python\n",
-        *(f"   {line}" for line in use.splitlines()),
-        "",
-        api.body(module),
+        f'   shiq_lab.make("{row["name"]}")\n   gymnasium.make("shiq_lab:shiq/{row["name"]}-v0")\n',
+        *(api_pages.describe(symbol) for symbol in module.symbols),
+        api_pages.heading("As the selftest solves it", 1),
+        api_pages.plain("\n".join(f"{name:10}{value}" for name, value in numbers.items())),
     ])  # fmt: skip
 
 
 def build(root: Path, folder: Path) -> int:
     """Lays out the pages and runs Sphinx; its exit code."""
-    from sphinx.cmd.build import main
-
-    stage = Stage(root, folder / "source")
-    stage.reference()  # first: the check for docstrings takes no time
+    stage = Stage(root, folder / "source", api_pages.modules(root))
+    stage.api()  # first: the check for docstrings takes no time
     stage.prose()
     stage.notebooks()
     stage.environments()
     stage.mathjax()
     stage.clear()
+    from sphinx.cmd.build import main
+
     docs = str(root / "docs")
     html = folder / "html"
     return main(["-W", "--keep-going", "-q", "-c", docs, "-d", str(folder / "cache"), str(stage.folder), str(html)])

@@ -1,15 +1,17 @@
 """The reference of the package, read from its sources: nothing is imported, so it needs no torch and no extra.
 
-A public module, function, class, method or property without a docstring is a ValueError that names it; tests/test_docs.py and the
-build call `check`. Public is what has no leading underscore on its way: `TokenMDP.validate` is, `TokenMDP._check` is not.
+A public module, function, class, method or property without a docstring is a ValueError that names it, and ends the build.
+Public is what has no leading underscore on its way: `TokenMDP.show` is, `Solution._layer` is not.
 """
 
 import ast
+import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 Definition = ast.FunctionDef | ast.ClassDef
 UNLISTED = "shiq_lab.checks.bugs"  # right and wrong code to plant, not to call: docs/planted_bugs.md shows it
@@ -28,7 +30,7 @@ class Symbol:
 
     @property
     def name(self) -> str:
-        """"shiq_lab.mdp.TokenMDP.show"."""
+        """ "shiq_lab.mdp.TokenMDP.show"."""
         return f"{self.module}.{self.qualname}"
 
     @property
@@ -51,17 +53,38 @@ class Symbol:
         return "property" if self.decorators & {"property", "cached_property"} else "method"
 
     @property
+    def called(self) -> ast.arguments | list[ast.AnnAssign] | None:
+        """What it is called with: arguments, the fields of a dataclass or named tuple, or None where the source is silent."""
+        node, own = self.node, self.node
+        if isinstance(node, ast.ClassDef):
+            inits = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
+            if not inits:
+                fields = "dataclass" in self.decorators or "NamedTuple" in map(ast.unparse, node.bases)
+                return [item for item in node.body if isinstance(item, ast.AnnAssign)] if fields else None
+            own = inits[0]
+        elif self.kind == "property":
+            return None
+        assert isinstance(own, ast.FunctionDef)
+        method = own is not node or (self.owner is not None and "staticmethod" not in self.decorators)
+        return without_self(own.args) if method else own.args
+
+    @property
     def signature(self) -> str:
         """As the source has it, so that aliases keep their names: "(mdp: TokenMDP, *, beta: float) -> Floats"."""
-        if isinstance(self.node, ast.ClassDef):
-            return class_signature(self.node, self.decorators)
-        if self.kind == "property":
-            return ""
-        given = self.node.args
-        if self.owner is not None and "staticmethod" not in self.decorators:
-            given = without_self(given)
-        returns = f" -> {ast.unparse(self.node.returns)}" if self.node.returns else ""
-        return f"({ast.unparse(given)}){returns}"
+        called, node = self.called, self.node
+        if isinstance(called, list):
+            return f"({', '.join(map(field_text, called))})"
+        returns = f" -> {ast.unparse(bare(node.returns))}" if isinstance(node, ast.FunctionDef) and node.returns else ""
+        return "" if called is None else arguments_text(called) + returns
+
+    @property
+    def arguments(self) -> list[str]:
+        """The names of its arguments, in order."""
+        called = self.called
+        if not isinstance(called, ast.arguments):
+            return [ast.unparse(item.target) for item in called or []]
+        first, last = [*called.posonlyargs, *called.args, called.vararg], [*called.kwonlyargs, called.kwarg]
+        return [one.arg for one in [*first, *last] if one]
 
 
 @dataclass
@@ -79,13 +102,46 @@ class Module:
 
     @cached_property
     def imports(self) -> dict[str, str]:
-        """{"TokenMDP": "shiq_lab.mdp.TokenMDP"}: what names in its annotations stand for."""
-        return {
-            alias.asname or alias.name: f"{node.module}.{alias.name}"
-            for node in ast.walk(self.tree)
-            if isinstance(node, ast.ImportFrom)
-            for alias in node.names
-        }
+        """{"TokenMDP": "shiq_lab.mdp.TokenMDP"}: what names in it stand for, imported or second names of its own."""
+        found: dict[str, str] = {}
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.ImportFrom):
+                found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        for node in self.tree.body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name) and isinstance(node.targets[0], ast.Name):
+                found[node.targets[0].id] = f"{self.name}.{node.value.id}"
+        return found
+
+
+class Bare(ast.NodeTransformer):
+    """Annotations for reading: Annotated[T, what a command line says of it] -> T, and no quotes around a later name."""
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        """One subscript of an annotation; what Literal holds are values."""
+        name = ast.unparse(node.value)
+        if name == "Annotated" and isinstance(node.slice, ast.Tuple):
+            return self.visit(node.slice.elts[0])
+        return node if name == "Literal" else self.generic_visit(node)
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        """A quoted annotation."""
+        return ast.parse(node.value, mode="eval").body if isinstance(node.value, str) else node
+
+
+def bare(annotation: ast.expr | None) -> Any:
+    """An annotation for reading."""
+    return Bare().visit(copy.deepcopy(annotation)) if annotation else None
+
+
+def arguments_text(given: ast.arguments) -> str:
+    """The arguments as the source has them, with annotations for reading."""
+    shown = copy.deepcopy(given)
+    for name in ("posonlyargs", "args", "kwonlyargs"):
+        setattr(shown, name, [ast.arg(one.arg, bare(one.annotation)) for one in getattr(shown, name)])
+    for name in ("vararg", "kwarg"):
+        one = getattr(shown, name)
+        setattr(shown, name, one and ast.arg(one.arg, bare(one.annotation)))
+    return f"({ast.unparse(shown)})"
 
 
 def without_self(given: ast.arguments) -> ast.arguments:
@@ -94,20 +150,11 @@ def without_self(given: ast.arguments) -> ast.arguments:
     return ast.arguments(**{**dict(ast.iter_fields(given)), first: getattr(given, first)[1:]})
 
 
-def class_signature(node: ast.ClassDef, decorators: set[str]) -> str:
-    """What the class is called with: the arguments of __init__, or the fields of a dataclass or named tuple."""
-    for item in node.body:
-        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-            return f"({ast.unparse(without_self(item.args))})"
-    if not decorators & {"dataclass"} and not any(ast.unparse(base) == "NamedTuple" for base in node.bases):
-        return ""
-    shown = []
-    for item in node.body:
-        if isinstance(item, ast.AnnAssign) and "ClassVar" not in ast.unparse(item.annotation):
-            default = ast.unparse(item.value) if item.value else ""
-            default = " = ..." if default.startswith("field(") else default and f" = {default}"
-            shown.append(f"{ast.unparse(item.target)}: {ast.unparse(item.annotation)}{default}")
-    return f"({', '.join(shown)})"
+def field_text(item: ast.AnnAssign) -> str:
+    """A field of a dataclass as an argument; a default that is made anew each time is "..."."""
+    default = ast.unparse(item.value) if item.value else ""
+    default = " = ..." if default.startswith("field(") else default and f" = {default}"
+    return f"{ast.unparse(item.target)}: {ast.unparse(bare(item.annotation))}{default}"
 
 
 def symbols_of(module: str, body: list[ast.stmt], owner: ast.ClassDef | None = None, outer: str = "") -> Iterator[Symbol]:
@@ -141,16 +188,15 @@ def public_names(found: dict[str, Module]) -> dict[str, str]:
     """shiq_lab's lazy public names and where each is defined: {"solve": "shiq_lab.bellman.solve"}."""
     for node in found["shiq_lab"].tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOME":
-            return {name: origin(found, f"shiq_lab.{home}", name) for name, home in ast.literal_eval(node.value).items()}
+            return {name: origin(found, f"shiq_lab.{home}.{name}") for name, home in ast.literal_eval(node.value).items()}
     raise ValueError("shiq_lab/__init__.py has no table _HOME of its public names.")
 
 
-def origin(found: dict[str, Module], module: str, name: str) -> str:
-    """The file that defines what a module may only import: "shiq_lab.bellman.solve"."""
-    known = found.get(module)
-    if known is None or name not in known.imports or any(symbol.qualname == name for symbol in known.symbols):
-        return f"{module}.{name}"
-    return origin(found, known.imports[name].rpartition(".")[0], name)
+def origin(found: dict[str, Module], name: str) -> str:
+    """The definition behind a name that a module may only import or assign: "shiq_lab.bellman.solve"."""
+    module, _, last = name.rpartition(".")
+    behind = found[module].imports.get(last) if module in found else None
+    return origin(found, behind) if behind else name
 
 
 def undocumented(found: dict[str, Module]) -> list[str]:
@@ -162,7 +208,9 @@ def undocumented(found: dict[str, Module]) -> list[str]:
         for symbol in symbols.values()
         if not symbol.doc and not (symbol.owner and ALWAYS.fullmatch(symbol.node.name))
     ]
-    return missing + [f"{home} (a public name without a definition)" for home in public_names(found).values() if home not in symbols]
+    return missing + [
+        f"{home} (a public name without a definition)" for home in public_names(found).values() if home not in symbols
+    ]
 
 
 def check(found: dict[str, Module]) -> None:
@@ -183,7 +231,7 @@ def order(readme: str) -> dict[str, int]:
 
 
 def pages(found: dict[str, Module], readme: str) -> dict[str, list[Module]]:
-    """{"mdp": [its module], "losses": [its modules], "checks.components": ...}: a page a file, or a folder, in README's order."""
+    """{"mdp": [its module], "losses": [its modules], ...}: a page a file, or a folder, in the order of README's tree."""
     places = order(readme)
     by_place = lambda module: [places.get(part, len(places)) for part in module.name.split(".")[1:]]  # noqa: E731
     out: dict[str, list[Module]] = {}
@@ -205,9 +253,9 @@ def heading(title: str, level: int = 0) -> str:
     return f"{title}\n{UNDERLINES[level] * len(title)}\n"
 
 
-def plain(doc: str, indent: str = "") -> str:
-    """A docstring under the directive `plain` (docs/extension.py), which shows it as it was written."""
-    lines = [".. plain::", "", *(f"   {line}" for line in doc.splitlines())]
+def plain(doc: str, indent: str = "", arguments: Sequence[str] = ()) -> str:
+    """A docstring under the directive `plain` (docs/plain_docstrings.py), which links no `name` that is an argument's."""
+    lines = [" ".join([".. plain::", *arguments]), "", *(f"   {line}" for line in doc.splitlines())]
     return "\n".join(f"{indent}{line}".rstrip() for line in lines) + "\n"
 
 
@@ -216,9 +264,9 @@ def describe(symbol: Symbol) -> str:
     depth = "   " * symbol.qualname.count(".")
     head = [f"{depth}.. py:{symbol.kind}:: {symbol.qualname}{symbol.signature}"]
     if symbol.kind == "property" and isinstance(symbol.node, ast.FunctionDef) and symbol.node.returns:
-        head.append(f"{depth}   :type: {ast.unparse(symbol.node.returns)}")
+        head.append(f"{depth}   :type: {ast.unparse(bare(symbol.node.returns))}")
     head += [f"{depth}   :{name}:" for name in ("staticmethod", "classmethod") if name in symbol.decorators]
-    body = plain(symbol.doc, depth + "   ") if symbol.doc else ""
+    body = plain(symbol.doc, depth + "   ", symbol.arguments) if symbol.doc else ""
     return "\n".join(head) + "\n\n" + body
 
 
@@ -241,11 +289,12 @@ def page(name: str, members: list[Module]) -> str:
 
 
 def first_line(doc: str) -> str:
-    """The first line, as literal text in a table of reStructuredText."""
-    return re.sub(r"([\\*`_|])", r"\\\1", doc.partition("\n")[0])
+    """The first line in reStructuredText: as it stands, `names` in backticks as code."""
+    pieces = doc.partition("\n")[0].split("`")
+    return "".join(f"``{piece}``" if i % 2 else re.sub(r"([\\*_|])", r"\\\1", piece) for i, piece in enumerate(pieces))
 
 
-def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
+def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> str:
     """A list-table; cells are reStructuredText."""
     lines = [".. list-table::", "   :header-rows: 1", "   :widths: auto", ""]
     for row in [header, *rows]:
@@ -265,7 +314,7 @@ def index(found: dict[str, Module], listed: dict[str, list[Module]]) -> str:
         "Importable from ``shiq_lab``; each name leads to the file that defines it.\n",
         table(names, ("name", "what it is")),
         heading("Files and folders", 1),
-        "A file imports only files above it in this list. The environments have :doc:`pages of their own <../environments/index>`.\n",
+        "A file imports only files above it. The environments have :doc:`pages of their own <../environments/index>`.\n",
         table(rooms, ("shiq_lab.", "what it holds")),
         ".. toctree::\n   :hidden:\n",
         *(f"   {name} <{name}>" for name in listed),

@@ -1,7 +1,7 @@
 """What Sphinx needs to show our docstrings: the directive `plain`, and names in signatures and backticks that become links.
 
-Our docstrings are plain text. A paragraph stays a paragraph; "name   what it is" in columns becomes a list of definitions, which
-folds on a narrow screen; whatever else is indented or aligned (equations, tables) is shown as it stands.
+Our docstrings are plain text. A paragraph stays a paragraph; "name   what it is" in columns becomes a list of definitions,
+which folds on a narrow screen; whatever else is indented or aligned (equations, tables) is shown as it stands.
 """
 
 import re
@@ -11,8 +11,6 @@ from docutils import nodes
 from docutils.parsers.rst import Directive
 from sphinx import addnodes
 from sphinx.application import Sphinx
-from sphinx.environment import BuildEnvironment
-from sphinx.util.nodes import make_refnode
 
 ENTRY = re.compile(r"(\S(?:.*?\S)?)\s{2,}(?=\S)")  # a name, a gap of two blanks or more, and what it is
 
@@ -41,8 +39,10 @@ def columns(lines: list[str]) -> list[tuple[str, str]] | None:
 
 
 class Plain(Directive):
-    """A docstring as it was written."""
+    """A docstring as it was written; the arguments are names that are no links."""
 
+    optional_arguments = 1
+    final_argument_whitespace = True
     has_content = True
 
     def run(self) -> list[nodes.Node]:
@@ -77,6 +77,7 @@ class Plain(Directive):
     def inline(self, text: str) -> list[nodes.Node]:
         """Every second piece between backticks is code, and a link where it is a name that we know."""
         context: dict[str, Any] = self.state.document.settings.env.ref_context
+        unlinked = set(" ".join(self.arguments).split())
         out: list[nodes.Node] = []
         for i, piece in enumerate(re.split(r"``?", text)):
             if i % 2 == 0:
@@ -84,7 +85,7 @@ class Plain(Directive):
                 continue
             code = nodes.literal(piece, piece)
             name = piece.partition("(")[0]
-            if not re.fullmatch(r"[A-Za-z_][\w.]*", name):
+            if name in unlinked or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
                 out.append(code)
                 continue
             where = {"py:module": context.get("py:module"), "py:class": context.get("py:class")}
@@ -92,26 +93,31 @@ class Plain(Directive):
         return out
 
 
-def resolve(app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, shown: nodes.Element) -> nodes.Node | None:
-    """A name as its module knows it: its own, an imported one, or a public name of shiq_lab. Others stay text."""
-    if node.get("refdomain") != "py":
-        return None
-    target, module = node["reftarget"], node.get("py:module") or ""
-    head, dot, rest = target.partition(".")
-    known = app.config.api_names
-    imported = known["imports"].get(module, {}).get(head)
-    candidates = [imported and imported + dot + rest, f"{module}.{target}", known["public"].get(head, "") + dot + rest, target]
-    objects = env.domains.python_domain.objects
-    for name in candidates:
-        if name in objects:
-            entry = objects[name]
-            return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, shown, name)
-    return None
+def resolve(app: Sphinx, doctree: nodes.document) -> None:
+    """Names become links to what their module means by them: its own, an imported or a public name. Others become text."""
+    for node in list(doctree.findall(addnodes.pending_xref)):
+        if node.get("refdomain") != "py":
+            continue
+        module, target = node.get("py:module") or "", node["reftarget"]
+        head, dot, rest = target.partition(".")
+        meant = [f"{module}.{node.get('py:class')}.{target}", f"{module}.{target}", target]
+        meant += [
+            names[head] + dot + rest
+            for names in (app.config.api_imports.get(module, {}), app.config.api_public)
+            if head in names
+        ]
+        known = next((name for name in meant if name in app.config.api_symbols), None)
+        if known is None:
+            node.replace_self(node.children)
+        else:
+            node["reftarget"] = known
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
-    app.add_config_value("api_names", {"imports": {}, "public": {}}, "env")
+    app.add_config_value("api_imports", {}, "env")
+    app.add_config_value("api_public", {}, "env")
+    app.add_config_value("api_symbols", set(), "env")
     app.add_directive("plain", Plain)
-    app.connect("missing-reference", resolve)
+    app.connect("doctree-read", resolve)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
