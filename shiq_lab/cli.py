@@ -1,10 +1,11 @@
-"""The command line: shiq-lab envs | solve | selftest | train | check | bench."""
+"""The command line: shiq-lab envs | solve | selftest | train | check | study | figures | bench."""
 
 import ast
 import difflib
 import importlib.util
 import inspect
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -258,11 +259,18 @@ def selftest(
     matrix: Annotated[
         bool, typer.Option("--matrix", help="Show instead which check catches which planted bug; minutes, needs the extra hf.")
     ] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Show instead a tiny transformer trained by ShiQ against the exact q*; minutes.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Check the project's own losses against the exact truth; exit 1 if anything falls short."""
     import torch
 
+    if tiny:
+        if table or matrix:
+            raise bad("--tiny", "no other table beside it", "--table" if table else "--matrix")
+        raise typer.Exit(0 if _tiny(env or [], figure, json_) else 1)
     if matrix:
         given = ["--table"] * table + [f"--env {name}" for name in env or ()] + ([f"--figure {figure}"] if figure else [])
         raise typer.Exit(0 if _planted_bugs(given, json_) else 1)
@@ -287,6 +295,45 @@ def selftest(
         if not json_:
             out.print(f"figure: {where}", style="dim")
     raise typer.Exit(0 if report.passed else 1)
+
+
+def _tiny(env: list[str], figure: Path | None, json_: bool) -> bool:
+    """Print how far the tiny transformer is from the truth, environment by environment; is it near enough everywhere?"""
+    from dataclasses import replace
+
+    from shiq_lab import plotting
+    from shiq_lab.studies.frame import run
+    from shiq_lab.studies.tiny_truth import SIZES, TINY
+
+    for name in env:
+        if name not in SIZES:
+            near = difflib.get_close_matches(name, SIZES, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(SIZES)}."
+            raise bad("--env", "a deterministic environment", repr(name), hint)
+    study = replace(TINY, settings={**TINY.settings, "environments": env or None})
+    result = run(study, jobs=os.cpu_count() or 1)
+    if figure is not None:
+        plotting.save(TINY.draw(result), figure)
+    if json_:
+        _json(result.to_json())
+        return result.passed
+    heads = ("environment", "prefixes", "tokens tried", "updates", "max q err / range", "KL(pi*||pi)", "before", "")
+    view = Table(*heads, box=None, padding=(0, 1), pad_edge=False, header_style="bold")
+    for name, line in result.summary.items():
+        tried = f"{line['edges'] - line['untried']}/{line['edges']}"
+        before = f"{line['q_relative_before']:.0%}, {line['kl_before']:.0e}"
+        mark = "[green]q*, pi*[/green]" if line["holds"] else "[red]FELL SHORT[/red]"
+        reached = (f"{line['q_relative']:.2%}", f"{line['kl']:.0e}")
+        view.add_row(name, str(line["prefixes"]), tried, str(line["steps"]), *reached, before, mark)
+    out.print(view)
+    _print_claims(result)
+    return result.passed
+
+
+def _print_claims(result: Any) -> None:
+    for claim in result.claims:
+        mark = "[green]holds[/green]" if claim.holds else "[red]FAILS[/red]"
+        out.print(f"  {mark}  {escape(claim.text)}  [dim]{escape(claim.measured)}[/dim]", highlight=False)
 
 
 def _fixed_points(env: list[str], figure: Path | None, json_: bool) -> bool:
@@ -475,6 +522,70 @@ def check_losses(
         dtype=dtype, time_limit=time_limit, quiet=quiet, json=json_, junit=junit, html=html, markdown=markdown,
     )  # fmt: skip
     raise typer.Exit(command.check(asked, out, err))
+
+
+@app.command("study")
+def run_study(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME...", help="Studies; without a name they are listed.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds, 0, 1, ...; default: the study's own.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="A quick look: fewer cases and seeds.")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core. Changes no number.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is kept in .shiq_lab/studies.")] = False,
+    folder: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where NAME.json, .png and .svg go; default: nowhere.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Run experiments against the exact truth; a study that was killed goes on where it stopped. Exit 1: a claim fails."""
+    from shiq_lab import gallery
+    from shiq_lab.studies.frame import CACHE, run
+    from shiq_lab.studies.table import STUDIES, lookup
+
+    if not names:
+        if json_:
+            return _json([{"name": s.name, "title": s.title, "question": s.question} for s in STUDIES.values()])
+        view = Table("study", "asks", box=None, header_style="bold")
+        for study in STUDIES.values():
+            view.add_row(study.name, escape(study.question))
+        return out.print(view)
+    chosen, found = [lookup(name) for name in names], []
+    for study in chosen:
+        result = run(study, seeds=seeds, fast=fast, jobs=jobs or os.cpu_count() or 1, cache=None if fresh else CACHE)
+        found.append(result)
+        if folder is not None:
+            gallery.keep(result, folder)
+        if not json_:
+            out.print(f"[bold]{escape(study.title)}[/bold]  ({study.name}, {result.settings['seeds']} seeds)")
+            _print_claims(result)
+    if json_:
+        _json([r.to_json() for r in found] if len(found) > 1 else found[0].to_json())
+    raise typer.Exit(0 if all(r.passed for r in found) else 1)
+
+
+@app.command("figures")
+def make_figures(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="Only these figures.")] = None,
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where they go.")] = Path("figures"),
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
+) -> None:
+    """Make every figure again, as PNG and SVG, with its numbers as JSON; docs/studies.md too, in a clone. Long: minutes."""
+    from shiq_lab import gallery
+    from shiq_lab.progress import progress
+    from shiq_lab.studies.frame import CACHE
+
+    fine = True
+    for name in progress(gallery.choose(names or []), "figures"):
+        result = gallery.make(name, folder, jobs=jobs or os.cpu_count() or 1, cache=CACHE)
+        fine &= result is None or result.passed
+        out.print(
+            f"{name}: {folder / name}.png, .svg, .json" + ("" if result is None or result.passed else "  [red]FAILS[/red]")
+        )
+    page = folder.resolve().parent / "docs" / "studies.md"
+    if page.parent.is_dir():
+        out.print(f"page: {gallery.write_page(folder, page)}", style="dim")
+    raise typer.Exit(0 if fine else 1)
 
 
 @app.command()

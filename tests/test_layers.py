@@ -123,6 +123,8 @@ ROOMS = (
     "hf.factories",
     "selftest",
     "plotting",
+    "pictures",
+    "notebook",
     "studies.__init__",
     "studies.statistics",
     "studies.frame",
@@ -136,8 +138,8 @@ ROOMS = (
     "studies.data_size",
     "studies.metric",
     "studies.table",
-    "pictures",
-    "notebook",
+    "studies.page",
+    "gallery",
     "cli",
 )
 ADD = "add it to ROOMS in tests/test_layers.py, below everything that it imports (and to PURE if it has no side effects)"

@@ -13,6 +13,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from shiq_lab import __version__
 from shiq_lab.errors import at_least, bad
 from shiq_lab.progress import progress
 
@@ -178,7 +178,7 @@ def _key(study: Study, settings: Settings, case: Case, seed: int) -> str:
 
 
 def _versions() -> dict[str, str]:
-    parts = {"shiq_lab": __version__, "numpy": np.__version__, "torch": torch.__version__.partition("+")[0]}
+    parts = {"shiq_lab": version("shiq-lab"), "numpy": np.__version__, "torch": torch.__version__.partition("+")[0]}
     return {**parts, "python": ".".join(platform.python_version_tuple()[:2])}
 
 
@@ -197,8 +197,24 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        partial.write_text(_lines(value) + "\n", encoding="utf-8")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def _lines(value: Any) -> str:
+    """JSON with a line for each entry of the first two levels: records and claims can be read and compared line by line."""
+    flat = lambda x: json.dumps(x, allow_nan=False)  # noqa: E731
+
+    def entry(x: Any) -> str:
+        if isinstance(x, dict) and x:
+            return "{\n  " + ",\n  ".join(f"{flat(str(key))}: {flat(part)}" for key, part in x.items()) + "\n }"
+        if isinstance(x, list) and x:
+            return "[\n  " + ",\n  ".join(map(flat, x)) + "\n ]"
+        return flat(x)
+
+    if not isinstance(value, dict):
+        return flat(value)
+    return "{\n " + ",\n ".join(f"{flat(str(key))}: {entry(part)}" for key, part in value.items()) + "\n}"

@@ -4,8 +4,9 @@ import difflib
 
 from shiq_lab.errors import bad
 from shiq_lab.studies.frame import Study
+from shiq_lab.studies.tiny_truth import TINY
 
-_ALL: tuple[Study, ...] = ()
+_ALL: tuple[Study, ...] = (TINY,)
 STUDIES: dict[str, Study] = {study.name: study for study in _ALL}
 
 

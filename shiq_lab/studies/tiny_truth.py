@@ -29,23 +29,23 @@ class Size:
     """An environment at 100 to 400 prefixes (Addition: 1,100, of 100 prompts), and what it takes: rows, updates."""
 
     parameters: dict[str, Any]
-    steps: int = 1500
+    steps: int = 1200
     rows: int = 20_000
     horizon: int | None = None
     mixed: bool = False  # half uniform, half the reference; else uniform
 
 
 SIZES: dict[str, Size] = {
-    "Bandit": Size({"n_arms": 128}, steps=500),
+    "Bandit": Size({"n_arms": 128}, steps=400),
     "Tree": Size({"depth": 5, "n_tokens": 3}),
-    "Needle": Size({"length": 5, "n_tokens": 3}),
-    "Chain": Size({"length": 7}, steps=2500),
-    "Brackets": Size({"max_length": 6}),
-    "Parity": Size({"prompt_length": 2, "length": 5}, steps=2500),
+    "Needle": Size({"length": 5, "n_tokens": 3}, steps=600),
+    "Chain": Size({"length": 7}, steps=2000),
+    "Brackets": Size({"max_length": 6}, steps=600),
+    "Parity": Size({"prompt_length": 2, "length": 5}, steps=2000),
     "Addition": Size({"digits": 1, "last_ends": True}, steps=1500, rows=200_000),
-    "Loop": Size({}, horizon=7, steps=2000),
-    "ToolCall": Size({"n_functions": 4, "n_arguments": 4}, mixed=True),
-    "Star": Size({"arms": 3, "length": 5}),
+    "Loop": Size({}, horizon=7, steps=1500),
+    "ToolCall": Size({"n_functions": 4, "n_arguments": 4}, steps=600, mixed=True),
+    "Star": Size({"arms": 3, "length": 5}, steps=1000),
     "RandomWalk": Size({"n_nodes": 8, "horizon": 5}, mixed=True),
     "Forbidden": Size({}),
     "Shaped": Size({"depth": 5, "n_tokens": 3}),
