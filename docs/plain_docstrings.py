@@ -22,20 +22,20 @@ def paragraphs(lines: list[str]) -> list[list[str]]:
 
 
 def columns(lines: list[str]) -> list[tuple[str, str]] | None:
-    """[(name, what it is)] where all lines are "name   what it is" in one pair of columns, else None."""
+    """[(name, what it is)] where all lines are "name   what it is" in columns, else None; a third column follows a colon."""
     first = ENTRY.match(lines[0])
     if first is None:
         return None
     rows: list[tuple[str, str]] = []
     for line in lines:
         left, right = line[: first.end()], line[first.end() :]
-        if left[-1:] != " " or not right or right[0] == " " or "   " in right or (rows and left[0] == " " and left.strip()):
+        if left[-1:] != " " or not right or right[0] == " " or (rows and left[0] == " " and left.strip()):
             return None
         if left.strip():
             rows.append((left.strip(), right))
         else:
             rows[-1] = (rows[-1][0], f"{rows[-1][1]} {right}")
-    return rows
+    return [(name, re.sub(r"(?<=\S) {2,}(?=\S)", ": ", meaning)) for name, meaning in rows]
 
 
 class Plain(Directive):

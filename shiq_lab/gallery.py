@@ -3,16 +3,17 @@
 import difflib
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from shiq_lab import envs, pictures, plotting, selftest
 from shiq_lab.bellman import Solution, solve
+from shiq_lab.enumeration import enumerate_trajectories
 from shiq_lab.errors import bad
-from shiq_lab.models.tabular import TabularLM
-from shiq_lab.sampling import sample
 from shiq_lab.stats import TokenStats
 from shiq_lab.studies import page
 from shiq_lab.studies.frame import Result, run, write_json
@@ -31,24 +32,34 @@ def _solution(name: str, **parameters: Any) -> Solution:
 
 def _tree() -> Drawn:
     solution = _solution("Tree", depth=2, n_tokens=3)
-    return pictures.tree_figure(solution), {"v": solution.v().tolist(), "objective": solution.objective}
+    return pictures.tree_figure(solution), asdict(pictures.tree_graph(solution))
 
 
 def _automaton() -> Drawn:
     solution = _solution("ToolCall", n_functions=2, n_arguments=1, n_values=2)
-    return pictures.automaton_figure(solution), {"v": solution.v().tolist(), "objective": solution.objective}
+    return pictures.automaton_figure(solution), asdict(pictures.automaton_graph(solution))
 
 
 def _trajectory() -> Drawn:
-    """A dialogue under the reference: the reward comes last, and D_k carries it to every token before."""
+    """The dialogue that pays most, where the model is the reference grown surer of itself: credit travels to every token."""
     mdp = envs.make("ToolCall", n_functions=2, n_arguments=2, n_values=2)
-    batch = sample(mdp, solve(mdp, beta=0.2).log_policy(), 1, rng=0)
-    table = torch.tensor(mdp.ref_logits)
-    ref = TokenStats.from_logits(TabularLM.reference(mdp)(batch.input_ids, batch.attention_mask).logits, batch)
-    moved = torch.where(torch.isfinite(table), table * 0.7, table)
-    policy = TokenStats.from_logits(TabularLM(mdp, moved)(batch.input_ids, batch.attention_mask).logits.detach(), batch)
-    drawn = pictures.trajectory_figure(policy, ref, batch, beta=0.2, gamma=0.9, tokens=mdp.tokens)
-    return drawn, {"input_ids": batch.input_ids.tolist(), "rewards": batch.rewards.tolist()}
+    batch = enumerate_trajectories(mdp)
+    row = int((batch.rewards * batch.completion_mask).sum(1).argmax())
+    table = torch.tensor(np.where(mdp.allowed, mdp.ref_logits, -np.inf))
+    ref, policy = (TokenStats.from_table(x, batch) for x in (table, torch.where(torch.isfinite(table), 1.5 * table, table)))
+    options: dict[str, Any] = {"row": row, "beta": 0.2, "gamma": 0.9}
+    drawn = pictures.trajectory_figure(policy, ref, batch, tokens=mdp.tokens, **options)
+    return drawn, asdict(pictures.credit_of(policy, ref, batch, **options))
+
+
+def _plain(value: Any) -> Any:
+    """Numbers as JSON holds them; None where there is none."""
+    if isinstance(value, dict):
+        return {key: _plain(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(x) for x in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 PICTURES: dict[str, Callable[[], Drawn]] = {"tree": _tree, "automaton": _automaton, "trajectory": _trajectory}
@@ -86,7 +97,7 @@ def keep(result: Result, folder: Path) -> list[Path]:
 
 def _write(name: str, folder: Path, drawn: "Figure", numbers: dict[str, Any]) -> list[Path]:
     paths = [plotting.save(drawn, folder / f"{name}{kind}") for kind in (".png", ".svg")]
-    return [*paths, write_json(folder / f"{name}.json", numbers)]
+    return [*paths, write_json(folder / f"{name}.json", _plain(numbers))]
 
 
 def results(folder: Path) -> list[Result]:

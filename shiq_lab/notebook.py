@@ -185,12 +185,11 @@ def _wrong_numbers(answer: Any, truth: np.ndarray[Any, Any]) -> str:
         return f"{wanted} expected, and this is {_kind(answer)}"
     if not np.isfinite(given).all() and np.isfinite(truth).all():
         return f"{wanted} expected, all finite"
-    size = CLOSE * max(float(np.abs(truth).max(initial=0.0)), 1e-12)
-    if bool((np.abs(given - truth) <= size).all()):
-        return ""
-    if truth.ndim == 0:
+    finite = np.abs(truth[np.isfinite(truth)]).max(initial=0.0)
+    off = ~np.isclose(given, truth, rtol=0.0, atol=CLOSE * max(float(finite), 1e-12))
+    if truth.ndim == 0 and off:
         return f"{float(given):g} is too {'small' if given < truth else 'large'}"
-    return f"{int((np.abs(given - truth) > size).sum())} of {truth.size} numbers are off"
+    return f"{int(off.sum())} of {truth.size} numbers are off" if off.any() else ""
 
 
 def _numbers(value: Any) -> np.ndarray[Any, Any]:

@@ -312,7 +312,11 @@ def stand_in() -> dict[str, Any]:
             "metadata": {},
             "data": {make_site.WIDGET: {"model_id": "x"}, "text/plain": "interactive(children"},
         },
-        {"output_type": "display_data", "metadata": {}, "data": {"image/svg+xml": "<svg id='static-figure'></svg>"}},
+        {
+            "output_type": "display_data",
+            "metadata": {},
+            "data": {"image/svg+xml": "<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>"},
+        },
         {"output_type": "display_data", "metadata": {}, "data": {"text/latex": r"$\frac{q}{\beta}$"}},
     ]
     return notebook(
@@ -348,7 +352,7 @@ def test_the_site(tmp_path: Path) -> None:
     assert f"Open {(site / 'index.html').as_uri()}" in done.stdout
     assert [f"{check.__name__}: {fault}" for check in CHECKS for fault in check(site)] == []
     page = (site / "notebooks" / "98_stand_in.html").read_text(encoding="utf-8")
-    for part in ("printed by the cell", "static-figure", r"\(v^\star\)", r"\frac{q}{\beta}", 'href="99_next.html"'):
+    for part in ("printed by the cell", '.svg" />', r"\(v^\star\)", r"\frac{q}{\beta}", 'href="99_next.html"'):
         assert part in page, part
     for link in ("../api/losses.html#module-shiq_lab.losses.shiq", "../environments/needle.html#", "../fixed_points.html"):
         assert f'href="{link}' in page, link

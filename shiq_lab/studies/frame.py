@@ -211,7 +211,7 @@ def _lines(value: Any) -> str:
     def entry(x: Any) -> str:
         if isinstance(x, dict) and x:
             return "{\n  " + ",\n  ".join(f"{flat(str(key))}: {flat(part)}" for key, part in x.items()) + "\n }"
-        if isinstance(x, list) and x:
+        if isinstance(x, list) and x and isinstance(x[0], (dict, list)):
             return "[\n  " + ",\n  ".join(map(flat, x)) + "\n ]"
         return flat(x)
 

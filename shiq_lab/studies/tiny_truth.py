@@ -44,7 +44,7 @@ SIZES: dict[str, Size] = {
     "Parity": Size({"prompt_length": 2, "length": 5}, steps=2000),
     "Addition": Size({"digits": 1, "last_ends": True}, steps=1500, rows=200_000),
     "Loop": Size({}, horizon=7, steps=1500),
-    "ToolCall": Size({"n_functions": 4, "n_arguments": 4}, steps=600, mixed=True),
+    "ToolCall": Size({"n_functions": 5, "n_arguments": 4}, steps=600, mixed=True),
     "Star": Size({"arms": 3, "length": 5}, steps=1000),
     "RandomWalk": Size({"n_nodes": 8, "horizon": 5}, mixed=True),
     "Forbidden": Size({}),
