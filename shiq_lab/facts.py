@@ -41,6 +41,7 @@ class Finding:
 
     @property
     def holds(self) -> bool:
+        """The measurement keeps its bound; False where it is not finite."""
         good = self.measured >= self.bound if self.above else self.measured <= self.bound
         return bool(np.isfinite(self.measured)) and good
 
@@ -58,14 +59,17 @@ class Case:
 
     @cached_property
     def solution(self) -> Solution:
+        """The exact solution."""
         return solve(self.mdp, beta=self.beta, gamma=self.gamma)
 
     @cached_property
     def ref(self) -> Tensor:
+        """The reference's logits, float[S, V]."""
         return torch.tensor(self.mdp.ref_logits)
 
     @cached_property
     def optimal(self) -> Tensor:
+        """l*, float[S, V]."""
         return torch.tensor(self.solution.optimal_logits())
 
     @cached_property
@@ -85,6 +89,7 @@ class Case:
 
     @cached_property
     def listed(self) -> bool:
+        """True where the strings are few enough to be listed."""
         count = count_trajectories(self.mdp)
         return count is not None and count <= LISTABLE
 
@@ -106,9 +111,11 @@ class Case:
 
     @cached_property
     def population(self) -> Population:
+        """Expected losses under the behaviour."""
         return Population(self.mdp, self.behavior, self.beta, self.gamma)
 
     def stats(self, table: Tensor, batch: TokenBatch) -> TokenStats:
+        """The two numbers a token of a table of logits, and the joint ones."""
         return TokenStats.from_table(table, batch, ref_table=self.ref)
 
     def residuals(self, table: Tensor, batch: TokenBatch, n_steps: int | None, gamma: float | None = None) -> Tensor:

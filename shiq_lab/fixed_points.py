@@ -171,6 +171,7 @@ class Row:
 
     @property
     def value_stationary(self) -> bool | None:
+        """Whether the loss's own value net stays at v*; None where it has none."""
         return None if self.value_gradient is None else _verdict(self.value_gradient, self.bound)
 
     @property

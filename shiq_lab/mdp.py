@@ -93,10 +93,12 @@ class TokenMDP:
 
     @property
     def n_states(self) -> int:
+        """S, environment states included."""
         return int(self.next_state.shape[0])
 
     @property
     def n_tokens(self) -> int:
+        """V, the size of the vocabulary."""
         return int(self.next_state.shape[1])
 
     @cached_property

@@ -43,6 +43,7 @@ class World:
 
     @cached_property
     def solution(self) -> Solution:
+        """The exact solution of its automaton."""
         return solve(self.mdp, beta=self.beta, gamma=self.gamma)
 
     @cached_property
@@ -135,17 +136,21 @@ class Point:
 
     @property
     def options(self) -> dict[str, Any]:
+        """beta, gamma and the reduction that every loss here is called with."""
         return {"beta": self.world.beta, "gamma": self.world.gamma, "reduction": "sum"}
 
     def stats(self, joint: bool = False) -> TokenStats:
+        """The two numbers a token of the tables; joint: and the naive step's third."""
         return TokenStats.from_table(self.tables, self.batch, ref_table=self.ref_table if joint else None)
 
     @cached_property
     def ref_table(self) -> Tensor:
+        """The reference's logits, once for every copy of the tables."""
         return torch.tensor(self.world.mdp.ref_logits).repeat(len(self.tables) // self.world.mdp.n_states, 1)
 
     @cached_property
     def ref(self) -> TokenStats:
+        """The reference's two numbers a token."""
         return TokenStats.from_table(self.ref_table, self.batch)
 
     @cached_property

@@ -86,6 +86,7 @@ class Population:
         return np.where(self.mdp.is_policy, self.gamma, 1.0)[:, None]
 
     def tensor(self, array: Any) -> Tensor:
+        """An array as a tensor of its own memory."""
         return torch.as_tensor(np.array(array))
 
     @cached_property

@@ -53,6 +53,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
+        """True where there is something to report and nothing failed."""
         return bool(self.roads and self.trained and self.findings) and not self.failures()
 
     def failures(self) -> list[str]:

@@ -52,6 +52,7 @@ class Order:
 
     @property
     def prints_json(self) -> bool:
+        """`--json -`: the report goes to standard output, and nothing else does."""
         return self.files.get("--json") == "-"
 
     @property

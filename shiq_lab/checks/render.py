@@ -36,6 +36,7 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
+        """True where the loss could be run and all its checks hold."""
         return self.report is not None and self.report.passed
 
     @property
@@ -55,6 +56,7 @@ class Outcome:
 
     @property
     def results(self) -> list[Result]:
+        """What its checks measured; empty where it could not be run."""
         return self.report.results if self.report else []
 
 

@@ -38,6 +38,7 @@ class Measured:
 
     @property
     def holds(self) -> bool:
+        """The value keeps its tolerance; False where nothing was compared."""
         if self.compared < 1:
             return False
         return self.value >= self.tolerance if self.at_least else self.value <= self.tolerance
@@ -63,6 +64,7 @@ class Measured:
 
 
 def count(numbers: int) -> str:
+    """A count in words: 1 number, 2 numbers."""
     return f"{numbers} number" + ("" if numbers == 1 else "s")
 
 
@@ -97,6 +99,7 @@ class Result:
 
     @property
     def ok(self) -> bool:
+        """True unless the check failed."""
         return self.status != FAILED
 
 

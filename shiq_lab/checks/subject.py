@@ -76,6 +76,7 @@ class Subject:
 
     @property
     def gammas(self) -> tuple[float, ...]:
+        """The discounts to check with: 1 alone where the loss declares that it has none."""
         return (1.0, 0.8) if self.traits.discounted else (1.0,)
 
     @property

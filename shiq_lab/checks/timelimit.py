@@ -41,16 +41,19 @@ class Board:
         self.expect(float("inf"), "")
 
     def expect(self, deadline: float, what: str) -> None:
+        """Writes down what runs now and until when it may."""
         text = what.encode("utf-8", "replace")[: SIZE - 32]
         self.memory[16 : 20 + len(text)] = struct.pack("=i", len(text)) + text
         self.memory[:8] = struct.pack("=d", deadline)  # last: who sees the new deadline sees the new text
 
     @property
     def deadline(self) -> float:
+        """Until when what runs now may run."""
         return struct.unpack("=d", self.memory[:8])[0]
 
     @property
     def what(self) -> str:
+        """What runs now, in words."""
         (length,) = struct.unpack("=i", self.memory[16:20])
         return self.memory[20 : 20 + length].decode("utf-8", "replace")
 

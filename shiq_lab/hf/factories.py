@@ -38,6 +38,7 @@ class RecordedSGD(torch.optim.SGD):
         self.table, self.total = table, torch.zeros_like(table)
 
     def step(self, closure: Any = None) -> Any:
+        """Adds the gradient up, then steps."""
         if self.table.grad is not None:
             self.total += self.table.grad
         return super().step(closure)
@@ -142,6 +143,7 @@ class TRLPreference:
 
     @property
     def gradient(self) -> Tensor:
+        """Of the table, summed over the steps of the last call."""
         return self.optimizer.total
 
     def step(self, rows: Sequence[Example]) -> float:
@@ -194,6 +196,7 @@ class TRLOnPolicy:
 
     @property
     def gradient(self) -> Tensor:
+        """Of the table, summed over the steps of the last call."""
         return self.optimizer.total
 
     def trainer_for(self, rows: Sequence[Example]) -> Any:

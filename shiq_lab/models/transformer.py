@@ -95,6 +95,7 @@ class TinyTransformer(nn.Module):
 
     @property
     def n_tokens(self) -> int:
+        """V, the size of the vocabulary."""
         return self.embed.num_embeddings
 
     def forward(

@@ -91,6 +91,7 @@ class Result:
 
     @property
     def passed(self) -> bool:
+        """True where there are records and claims, and every claim holds."""
         return bool(self.records and self.claims) and all(c.holds for c in self.claims)
 
     def to_json(self) -> dict[str, Any]:
@@ -99,6 +100,7 @@ class Result:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Result":
+        """The result that `to_json` wrote."""
         parts = {key: value for key, value in data.items() if key != "passed"}
         parts["records"] = [Record(**r) for r in parts["records"]]
         parts["claims"] = [Claim(**c) for c in parts["claims"]]

@@ -33,6 +33,7 @@ class Example:
     reward: float
 
     def columns(self) -> dict[str, Any]:
+        """The example as a collator is given it: ids and rewards, and a mask where turns need one."""
         prompt = len(self.talk.turns[0][1])
         roles = self.talk.roles[prompt:]
         return {
@@ -44,6 +45,7 @@ class Example:
 
 
 def examples(talks: tuple[Talk, ...]) -> list[Example]:
+    """Talks with different rewards."""
     return [Example(t, 0.25 + 0.5 * i) for i, t in enumerate(talks)]
 
 
@@ -141,10 +143,12 @@ def _rewards(got: Tensor, found: dict[str, Tensor], those: list[Example], place:
 
 
 def run_collated(component: Component) -> Iterator[Measured]:
+    """Rows of unequal length."""
     yield from _compare_batch(component, examples(PLAIN), "rows of unequal length")
 
 
 def run_collated_ends(component: Component) -> Iterator[Measured]:
+    """Ended rows and cut rows, where the pad id is the end token."""
     for name, talks in (("ended", [t for t in PLAIN if t.terminated]), ("cut", [t for t in PLAIN if not t.terminated])):
         yield from _compare_batch(component, examples(tuple(talks)), f"rows that {name}, pad id = EOS id", pad_id=EOS)
 
@@ -168,12 +172,14 @@ def run_collated_padding(component: Component) -> Iterator[Measured]:
 
 
 def run_collated_rows(component: Component) -> Iterator[Measured]:
+    """Every row alone, and the rows in reverse order."""
     for i, e in enumerate(examples(PLAIN)):
         yield from _compare_batch(component, [e], f"row {i} alone")
     yield from _compare_batch(component, examples(PLAIN)[::-1], "the rows in reverse order")
 
 
 def run_collated_turns(component: Component) -> Iterator[Measured]:
+    """Rows with observations, of which the mask tells the actions."""
     if not component.multi_turn:
         raise Skip("declared: multi_turn=False")
     yield from _compare_batch(component, examples(TURNS), "two turns, the rows say which completion tokens are actions")

@@ -59,6 +59,7 @@ class PolicyProblem:
         return float(_reduce(per_token, self.mask, reduction).sum()), self.base.gradients(weight, -weight)
 
     def arguments(self) -> dict[str, Any]:
+        """Everything but the logits that a policy loss may name."""
         tensor = torch.tensor
         return {
             "labels": tensor(self.base.labels),
@@ -129,6 +130,7 @@ def compare_policy(component: Component, p: PolicyProblem, **changed: Any) -> It
 
 
 def run_policy(component: Component) -> Iterator[Measured]:
+    """Value and gradient on two draws."""
     for seed in (0, 1):
         yield from compare_policy(component, policy_problem(component, seed, correction=False))
 
@@ -142,6 +144,7 @@ def run_sampler_ratio(component: Component) -> Iterator[Measured]:
 
 
 def run_policy_options(component: Component) -> Iterator[Measured]:
+    """Value and gradient under every option that it names, one by one and all together."""
     named = {k: v[1] for k, v in OPTIONS.items() if component.takes(k)}
     if not named:
         raise Skip(f"it names none of {', '.join(OPTIONS)}")
@@ -168,6 +171,7 @@ def run_policy_garbage(component: Component) -> Iterator[Measured]:
 
 
 def run_policy_chunks(component: Component) -> Iterator[Measured]:
+    """The same in chunks of one token, of three, and in one chunk."""
     if not component.takes("chunk_size"):
         raise Skip("it names no chunk_size")
     for chunk in (1, 3, 1000):

@@ -46,6 +46,7 @@ MASKS = ("completion_mask", "attention_mask", "terminated", "truncated")
 
 
 def numbers(*names: str) -> dict[str, str]:
+    """What these arguments are, for `component_signature`."""
     return {name: NUMBERS[name] for name in names}
 
 

@@ -24,10 +24,12 @@ class Talk:
 
     @property
     def ids(self) -> list[int]:
+        """All tokens in order."""
         return [token for _, tokens in self.turns for token in tokens]
 
     @property
     def roles(self) -> list[int]:
+        """Who said each token."""
         return [role for role, tokens in self.turns for _ in tokens]
 
     @property
@@ -37,6 +39,7 @@ class Talk:
 
 
 def talk(*turns: tuple[int, tuple[int, ...]], terminated: bool) -> Talk:
+    """A talk from its turns, each (role, tokens)."""
     return Talk(turns, terminated)
 
 
@@ -77,6 +80,7 @@ class Rows:
 
     @cached_property
     def width(self) -> int:
+        """L: the longest row and the extra padding."""
         return max(len(t.ids) for t in self.talks) + self.extra
 
     def spread(self, per_row: list[list[Any]], fill: Any) -> Tensor:
@@ -87,26 +91,32 @@ class Rows:
 
     @cached_property
     def input_ids(self) -> Tensor:
+        """int[B, L], padded with pad_id."""
         return self.spread([t.ids for t in self.talks], self.pad_id)
 
     @cached_property
     def attention_mask(self) -> Tensor:
+        """{0, 1}[B, L]: 0 on padding."""
         return self.spread([[1] * len(t.ids) for t in self.talks], 0)
 
     @cached_property
     def completion_mask(self) -> Tensor:
+        """{0, 1}[B, L]: 1 on the policy's tokens."""
         return self.spread([[int(r == POLICY) for r in t.roles] for t in self.talks], 0)
 
     @cached_property
     def roles(self) -> Tensor:
+        """int[B, L]: who said each token, PADDING on padding."""
         return self.spread([t.roles for t in self.talks], PADDING)
 
     @cached_property
     def terminated(self) -> Tensor:
+        """bool[B]."""
         return torch.tensor([t.terminated for t in self.talks])
 
     @cached_property
     def lengths(self) -> Tensor:
+        """int[B]: real tokens."""
         return torch.tensor([len(t.ids) for t in self.talks])
 
     @cached_property
@@ -117,6 +127,7 @@ class Rows:
 
     @cached_property
     def last_real(self) -> list[int]:
+        """The place of every row's last real token."""
         return [self.width - 1 if self.side == "left" else len(t.ids) - 1 for t in self.talks]
 
     def common(self) -> dict[str, Any]:

@@ -186,6 +186,7 @@ SHAPES = ((1, 1, 3, 5), (2, 7, 8, 13), (3, 5, 16, 33), (1, 17, 5, 101), (2, 3, 1
 
 
 def run_shapes(component: Component) -> Iterator[Measured]:
+    """Values and gradients over odd shapes."""
     for shape in SHAPES:
         yield from compare_problem(component, problem(component, shape))
 
@@ -203,6 +204,7 @@ def run_chunks(component: Component) -> Iterator[Measured]:
 
 
 def run_dtypes(component: Component) -> Iterator[Measured]:
+    """The same in float32 and bfloat16."""
     for dtype in (torch.float32, torch.bfloat16):
         for shape in SHAPES[:4]:
             yield from compare_problem(component, problem(component, shape, dtype=dtype))

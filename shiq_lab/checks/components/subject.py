@@ -85,6 +85,7 @@ class Component:
 
     @cached_property
     def cases(self) -> list[Case]:
+        """What the kind calls it with."""
         return self.kind.cases(self)
 
     def given(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -102,6 +103,7 @@ class Component:
             raise SubjectError(f"{self.kind.name} on {place}: it raised {text}") from error
 
     def call(self, arguments: dict[str, Any], place: str) -> Any:
+        """Its answer to those of the arguments that it names; an error of its own names the place."""
         return self.invoke(self.given(arguments), place)
 
     def measure(self, case: Case) -> Measured:

@@ -46,10 +46,12 @@ class Subject:
 
     @cached_property
     def eps(self) -> float:
+        """The rounding of the dtype that the processes compute in."""
         return float(torch.finfo(DTYPES[self.base.dtype]).eps)
 
     @property
     def vocab(self) -> bool:
+        """True where the vocabulary is split over the processes."""
         return self.base.kind == "vocab"
 
 

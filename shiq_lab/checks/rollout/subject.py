@@ -33,6 +33,7 @@ class Sample:
                     yield (r, t, i), token, turn.logprobs[i], mine[i]
 
     def place(self, where: Place) -> str:
+        """Where a token stands, in words."""
         r, t, i = where
         token = self.rollouts[r].turns[t].completion[i]
         return f"prompt {r // self.n}, rollout {r}, turn {t}, completion position {i}, token {token}"
@@ -59,9 +60,11 @@ class Pair:
         self.synchronise()
 
     def synchronise(self) -> None:
+        """Asks the sampler to take over the trainer's weights."""
         _call("sampler.synchronise", self.sampler.synchronise)
 
     def update(self) -> None:
+        """Asks the trainer for an optimiser step."""
         _call("trainer.update", self.trainer.update)
 
     def at(self, setting: Setting) -> Sample:

@@ -161,6 +161,7 @@ class World:
 
     @cached_property
     def solution(self) -> Solution:
+        """The exact solution of its automaton."""
         return solve(self.mdp, beta=self.beta, gamma=self.gamma)
 
     @cached_property
@@ -171,6 +172,7 @@ class World:
 
     @cached_property
     def dataset(self) -> list[Example]:
+        """Every string once, or every ordered pair of strings of one prompt."""
         if self.kind != "preference":
             return self.strings
         same = [(y, n) for y, n in itertools.permutations(self.strings, 2) if y["group"] == n["group"]]
@@ -178,6 +180,7 @@ class World:
 
     @cached_property
     def longest(self) -> int:
+        """Tokens of the longest string."""
         return max(len(s["prompt_ids"]) + len(s["completion_ids"]) for s in self.strings)
 
     @cached_property
@@ -194,6 +197,7 @@ class World:
 
     @cached_property
     def end_id(self) -> int:
+        """The end token."""
         return self.mdp.token("<eos>")
 
     def table(self, which: str) -> Tensor:

@@ -125,10 +125,12 @@ class TrainerSubject:
 
     @cached_property
     def worlds(self) -> list[World]:
+        """The automata that suit the trainer's kind."""
         return worlds(self.traits.kind, self.traits.gamma or 1.0, bool(self.traits.multi_turn))
 
     # ----------------------------------------------------------------------------------------------- running it
     def config(self, world: World, **changes: Any) -> TrainerConfig:
+        """The configuration for a world, with changes."""
         base = TrainerConfig(
             self.traits.kind, world.beta, world.gamma, lr=self.lr, pad_id=world.end_id,
             padding_side=self.traits.padding[0], dtype=self.traits.dtypes[0],
