@@ -12,7 +12,7 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
-test-slow: .venv/ready-hf .venv/ready-docs
+test-slow: .venv/ready-slow
 	$(BIN)/python -m pytest -n auto -m slow
 
 # The site: docs/_build/html, from the docstrings, the notebooks' outputs, README and docs/.
@@ -34,9 +34,9 @@ lint: .venv/ready
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e ".[test]"
 	@touch $@
 
-# The slow tests run whole Hugging Face trainers.
-.venv/ready-hf: .venv/ready
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e ".[test,hf]"
+# The slow tests run whole Hugging Face trainers and build the site.
+.venv/ready-slow: .venv/ready
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e ".[test,hf,docs]"
 	@touch $@
 
 .venv/ready-docs: .venv/ready

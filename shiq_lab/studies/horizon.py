@@ -55,7 +55,7 @@ class Quadratic:
     """E over rows of sum_t rho_t^2 = (z - z*)' gram (z - z*) in a deterministic world, z = (c on E edges, u in P states).
 
     With rho^(lambda)_t = sum_{k>=t} (gamma lambda)^{k-t} d_k (lambda = 0 one-step, 1 ShiQ): linear in z, zero at z* = (q*, v*).
-    The parameters are the logits l float[E] of the edges that the data take: c = beta (l - l_ref), u = beta (lse l - lse l_ref).
+    Parameters are the logits l float[E] of the edges that the data take: c = beta (l - l_ref), u = beta (lse l - lse l_ref).
     """
 
     mdp: TokenMDP
@@ -240,7 +240,7 @@ def measure(settings: Settings, case: Case, seed: int) -> dict[str, Any]:
             singly = descent.one_by_one(start, step, settings["goals"][-1], 2 * settings["one_by_one"]) if few else None
             out[f"{name}, {optimiser}"] = {
                 "updates": counted, "condition": descent.condition(), "singly": singly,
-                "tail": float(np.log(settings["goals"][-1] / settings["goals"][0])) / slowest,
+                "tail": float(np.log(settings["goals"][-1] / settings["goals"][-2])) / slowest,
             }  # fmt: skip
     return out
 
@@ -277,7 +277,7 @@ def summarise(settings: Settings, records: list[Record]) -> dict[str, Any]:
                     if n["singly"] is not None:
                         gaps.append(abs(n["updates"][-1] / n["singly"] - 1))
                     if line.endswith("plain"):
-                        tails[environment].append((n["updates"][-1] - n["updates"][0]) / n["tail"])
+                        tails[environment].append((n["updates"][-1] - n["updates"][-2]) / n["tail"])
     out["counts"] = {"compared": len(gaps), "worst": max(gaps, default=None)}
     out["tail over predicted"] = {key: [min(x), max(x)] for key, x in tails.items()}
     return out
@@ -308,19 +308,19 @@ def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
         return f"{x['value']:.3g} [{x['low']:.3g}, {x['high']:.3g}]"
 
     plain = [key for key in growth if key.endswith("plain")]
-    lines = {key: growth[key] for key in plain if key.startswith("Needle, uniform")}
+    lines = {key: growth[key] for key in growth if key.startswith("Needle, uniform")}
     powers = {key: growth[key] for key in plain if "on path" in key}
     T = max(settings["on_path"])
     out = [
         Claim(
-            "On data near the path the cost is a power of T; under uniform data Needle's grows by a constant factor a token, "
-            "at least ln 2 in the logarithm.",
+            "On data near the path the cost is a power of T; under uniform data Needle's is an exponential, by at least the "
+            "factor 2 a token, and larger steps for rare entries do not cure it.",
             "; ".join(
                 [f"{key}: power {says(g['power'])}" for key, g in powers.items()]
                 + [f"{key}: rate {says(g['rate'])}" for key, g in lines.items()]
             ),
             all(g["misfit"][0] < g["misfit"][1] for g in powers.values())
-            and all(g["misfit"][1] < g["misfit"][0] and g["rate"]["high"] >= np.log(2) * 0.9 for g in lines.values()),
+            and all(g["misfit"][1] < g["misfit"][0] and g["rate"]["low"] >= np.log(2) for g in lines.values()),
         ),
     ]
     chain = [last("Chain", "on path", name) for name in LOSSES]
@@ -358,8 +358,8 @@ def _limits(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
             bool(below) and (max(T) < 24 or (bool(cross) and min(cross) > max(below))),
         ),
         Claim(
-            "The spectrum at l* predicts the tail: from the first goal to the last, at most ln(ratio) kappa updates, and that "
-            "many on Chain.",
+            "The spectrum at l* predicts the tail: from the last goal but one to the last, at most ln(ratio) kappa updates, "
+            "and that many on Chain.",
             "; ".join(f"{key}: measured / predicted {low:.3f} to {high:.3f}" for key, (low, high) in tails.items()),
             all(high <= 1.1 for _, high in tails.values()) and tails["Chain"][0] >= 0.8,
         ),
@@ -385,7 +385,7 @@ def draw(result: Result) -> "Figure":
                 continue
             color = COLORS["shiq" if name == "ShiQ" else "shifted"]
             marker = MARKERS["shiq" if name == "ShiQ" else "shifted"]
-            for goal, line in ((goals[-1], "-"), *(((goals[0], ":"),) if environment else ())):
+            for goal, line in ((goals[-1], "-"), (goals[0], ":"))[: 2 if environment else 1]:
                 y = curve[f"updates to {goal:g}"]
                 dashed = "--" if not environment and where == "Chain" else line
                 label = f"{name}, to {goal:g}" if environment == "Needle" else None
@@ -410,15 +410,15 @@ def draw(result: Result) -> "Figure":
 HORIZON = Study(
     name="horizon",
     title="The cost of the horizon: updates against T (a reconstruction)",
-    question="How do updates to learn q* grow with the horizon, one-step against multi-step, near the path and on uniform data?",
+    question="How do updates to learn q* grow with the horizon, one-step or multi-step, near the path and on uniform data?",
     settings={
         "seeds": 10,
         "on_path": [4, 6, 8, 12, 16, 24, 32, 48, 64],
         "uniform": [4, 6, 8, 10, 12],
-        "goals": [0.1, 1e-3],
-        "one_by_one": 1500,
+        "goals": [0.1, 1e-2, 1e-3],
+        "one_by_one": 500,
     },
-    fast={"seeds": 2, "on_path": [4, 8, 12], "uniform": [4, 6, 8], "one_by_one": 400},
+    fast={"seeds": 2, "on_path": [4, 8, 16], "uniform": [4, 7, 10], "one_by_one": 200},
     cases=cases,
     measure=measure,
     summarise=summarise,

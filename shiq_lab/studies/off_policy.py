@@ -405,3 +405,60 @@ OFF_POLICY = Study(
     claims=claims,
     draw=draw,
 )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- the tiny version
+TINY_GRADIENTS = ("reference", "adversarial")  # the data that policy gradients are tried on
+
+
+def cases_tiny(settings: Settings) -> list[Case]:
+    return [{"depth": settings["depth"]}]
+
+
+def local_kl(world: World, logits: Floats, states: list[int]) -> list[float]:
+    """KL(pi*(.|s) || pi(.|s)) at these states, in nats."""
+    best, own = world.solution.log_policy(), softmax_policy(world.mdp, logits)
+    gap = np.where(world.mdp.allowed, np.exp(best) * np.where(world.mdp.allowed, best - own, 0.0), 0.0).sum(1)
+    return [float(gap[s]) for s in states]
+
+
+def unvisited_of(world: World, rows: TokenBatch) -> list[int]:
+    """Policy states of which no row shows an action."""
+    acted = actions_of(rows)
+    before = torch.nn.functional.pad(rows.known_states()[:, :-1], (1, 0), value=world.mdp.start)[:, 1:]
+    visited = set(acted.of(before.double())[acted.real].long().tolist())
+    return [s for s in sorted([*world.starts.tolist(), *world.inner.tolist()]) if s not in visited]
+
+
+def measure_tiny(settings: Settings, case: Case, seed: int) -> dict[str, Any]:
+    """All runs from one pretrained network; the last on few uniform rows, compared at prefixes that no row shows."""
+    mdp = make("Tree", depth=case["depth"], n_tokens=4, seed=seed)
+    start = pretrain(mdp, beta=settings["beta"], seed=seed, steps=settings["pretraining"])
+    world, steps = start.world, settings["steps"]
+
+    def trained(loss: str, name: str, n: int | None) -> tuple[dict[str, Any], Trace, TokenBatch | None]:
+        behavior = behavior_of(world, name if n else "reference")
+        rows = rows_of(world, behavior, n, seed=seed) if n else None
+        trace, _ = train_tiny(start, loss, rows, behavior, steps=steps, record_at=marks(steps)[::2])
+        found: dict[str, Any] = {"at": trace.at, "kl": [m.kl for m in trace.metrics], "predicted": None}
+        found["q_error"] = [m.q_error for m in trace.metrics]
+        if rows is not None:
+            strings = Strings.of(world, behavior, rows)
+            found |= coverage(world, rows, strings)
+            ends = [world.mdp.ref_log_policy, softmax_policy(world.mdp, trace.logits)]
+            found["effective"] = [effective(world, rows, behavior, policy) for policy in ends]
+            if loss != "ShiQ" and (settled := strings.settled(world.beta, weighted=loss == WEIGHTED)) is not None:
+                found["predicted"] = strings.kl(settled)
+        return found, trace, rows
+
+    out = {f"ShiQ, {b}": trained("ShiQ", b, settings["rows"])[0] for b in BEHAVIORS}
+    out |= {f"{loss}, {b}": trained(loss, b, settings["rows"])[0] for b in TINY_GRADIENTS for loss in (PLAIN, WEIGHTED)}
+    out["own"] = trained(PLAIN, "own", None)[0]
+    out["few"], trace, rows = trained("ShiQ", "uniform", settings["few"])
+    assert_rows: TokenBatch = rows if rows is not None else world.rows
+    unseen = unvisited_of(world, assert_rows)
+    everywhere = sorted([*world.starts.tolist(), *world.inner.tolist()])
+    for name, states in (("unvisited", unseen), ("visited", [s for s in everywhere if s not in unseen])):
+        before, after = (local_kl(world, np.array(x), states) for x in (world.mdp.ref_logits, trace.logits))
+        out[name] = {"n": len(states), "before": before, "after": after}
+    return out

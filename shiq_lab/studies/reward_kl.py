@@ -163,9 +163,10 @@ def summarise(settings: Settings, records: list[Record]) -> dict[str, Any]:
         table = {
             key: np.array([[r.numbers[key] / (r.numbers["room"] if key in ("gap", "below") else 1) for r in found
                             if r.case["beta"] == b] for b in betas]).T
-            for key in ("gap", "below", "kl", "own_kl", "return")
+            for key in ("gap", "below", "kl", "own_kl", "return", "own_return")
         }  # fmt: skip
-        run: dict[str, Any] = {"beta": betas, "kl": table["kl"][0].tolist(), "return": table["return"][0].tolist()}
+        run: dict[str, Any] = {"beta": betas}
+        run |= {key: table[key][0].tolist() for key in ("kl", "return", "own_kl", "own_return")}  # seed 0, to be drawn
         for key in ("gap", "below"):  # in units of J* - J(pi_ref); logarithms are averaged, since gaps differ by factors
             band = interval(np.log(np.maximum(table[key], 1e-16)))
             run[key] = {part: np.exp(getattr(band, part)).tolist() for part in ("value", "low", "high")}
@@ -205,7 +206,7 @@ def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
         Claim(
             "No point lies above the frontier, and none is further below it than its own gap in J.",
             f"{summary['points']} points: least distance {summary['least_below']:.0e}, most over the gap "
-            f"{summary['below_minus_gap']:.0e}; the gap is beta KL(pi || pi*) to {summary['gap_roads']:.0e} (in units of 1 + max|q*|)",
+            f"{summary['below_minus_gap']:.0e}; gap = beta KL(pi || pi*) to {summary['gap_roads']:.0e} (all over 1 + max|q*|)",
             summary["least_below"] >= -ROUNDING and max(summary["below_minus_gap"], summary["gap_roads"]) <= ROUNDING,
         ),
         Claim(
@@ -269,11 +270,14 @@ def draw(result: Result) -> "Figure":
             gap = run["gap"]
             axes.plot(run["beta"], gap["value"], color=color, marker=marker, label=SHORT[loss])
             axes.fill_between(run["beta"], gap["low"], gap["high"], color=color, alpha=0.15, lw=0)
+    own = summary["runs"][f"{REINFORCE} (own)"]
+    first.plot(own["own_kl"], own["own_return"], "o", mfc="none", mec=INK, ms=11, mew=0.8, label="π* of each β")
     first.set(xscale="log", xlabel="KL(π ‖ π_ref) (nats)", ylabel="expected return")
     first.set_title(f"On {n} rows (seed 0)")
     first.legend(loc="upper left")
     for axes, title in ((second, f"To the own point, {n} rows"), (third, "To the own point, all strings")):
         axes.set(xscale="log", yscale="log", xlabel="β", ylabel="(J* − J) / (J* − J_ref)")
+        axes.xaxis.set_minor_formatter("")
         axes.set_title(title)
         axes.grid(axis="y")
     shown = {label: handle for axes in (second, third)
@@ -290,7 +294,7 @@ REWARD_KL = Study(
         "seeds": 10, "depth": 3, "n_tokens": 3, "n": 50, "betas": 8, "beta_range": [0.2, 20.0], "steps": 150,
         "learning_rate": 0.25, "frontier": 60,
     },
-    fast={"seeds": 2, "betas": 2, "beta_range": [0.5, 5.0], "steps": 80, "depth": 2, "n": 12, "frontier": 12},
+    fast={"seeds": 2, "betas": 2, "beta_range": [0.5, 5.0], "steps": 70, "depth": 2, "n": 12, "frontier": 12},
     cases=cases,
     measure=measure,
     summarise=summarise,

@@ -10,8 +10,8 @@ Theory. Paying late is shaping by Phi(s) = -(what was paid on the way to s) (F7)
 
     pi* is the same,  v*_late(s) = v*_token(s) + paid(s),  q*_late(s, a) = q*_token(s, a) + paid(s)
 
-Losses of whole rows see R(y) alone, so they take the same path either way, and what `sequence only` leaves inside is then as far
-from another truth: gradient descent keeps the sum of l - l_ref over the tokens of every inner state (F5), so it ends with
+Losses of whole rows see R(y) alone, so they take the same path either way, and what `sequence only` leaves inside is then as
+far from another truth: gradient descent keeps the sum of l - l_ref over the tokens of every inner state (F5), so it ends with
 q_hat = q* - mean_a q* there. One-step residuals are zero where neither a reward nor a changed value stands, so a reward paid at
 the end moves back one token an update; ShiQ hands it to every token at once. But at their optima the two forms of a loss have
 the same Jacobian (it depends on pi* alone), so late in training both converge at one rate: what differs is where they start.
