@@ -13,14 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+from nbclient.exceptions import CellExecutionError
 
 from shiq_lab import notebook
 from shiq_lab.plotting import figure
-
-nbformat = pytest.importorskip("nbformat", reason="the extra `notebooks` is not installed")
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -298,14 +298,12 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         sent.append(data)
         return Handle()
 
-    pytest.importorskip("IPython")
     monkeypatch.setattr("IPython.display.display", display)
     return sent
 
 
 def test_a_slider_redraws_its_figure(shown: list[dict[str, Any]]) -> None:
     """Sliders with a note, then the figure; moved, the same figure is updated; trouble is said and the figure stays."""
-    pytest.importorskip("ipywidgets")
     made = notebook.sliders(line, alt="a line", beta=(0.1, 2.0, 0.1), kind=["a", "b"])
     note, first = shown
     assert notebook.WIDGET in note and "beta (0.1 to 2; here 0.5), kind (a or b; here a)" in note["text/plain"]
@@ -377,11 +375,10 @@ def fresh(cells: list[tuple[str, str]]) -> Any:
 @pytest.mark.slow
 def test_a_false_assertion_fails_the_run(tmp_path: Path) -> None:
     """The run of a real notebook with one claim turned round ends in that claim's AssertionError."""
-    error = pytest.importorskip("nbclient").exceptions.CellExecutionError
     book = load(FILES[0])
     cell = next(c for c in code_of(book) if "== 2**2" in text(c))
     cell["source"] = text(cell).replace("== 2**2", "== 2**3")
-    with pytest.raises(error, match="AssertionError"):
+    with pytest.raises(CellExecutionError, match="AssertionError"):
         notebook.run(book, tmp_path)
 
 

@@ -276,7 +276,7 @@ def summarise(settings: Settings, records: list[Record]) -> dict[str, Any]:
                 for n in (n for seed in runs for n in seed):
                     if n["singly"] is not None:
                         gaps.append(abs(n["updates"][-1] / n["singly"] - 1))
-                    if line.endswith("plain"):
+                    if line.endswith("plain") and n["tail"] >= 100:  # of fewer, a whole number says little
                         tails[environment].append((n["updates"][-1] - n["updates"][-2]) / n["tail"])
     out["counts"] = {"compared": len(gaps), "worst": max(gaps, default=None)}
     out["tail over predicted"] = {key: [min(x), max(x)] for key, x in tails.items()}

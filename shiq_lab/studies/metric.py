@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BEHAVIORS, NEAR = ("uniform", "reference", "pi*"), "near the path"
-NEARBY = 1e-6  # from l*: the loss's cubic term changes a rate by about as much
+NEARBY = 1e-8  # from l*: the cubic term changes 1/kappa by NEARBY * kappa of itself, rounding by 1e-16 / NEARBY / 60 * kappa
 WORLDS: dict[str, tuple[dict[str, int], float, float]] = {  # parameters, beta, gamma
     "Tree": ({"depth": 3, "n_tokens": 3}, 0.5, 0.9),
     "Chain": ({"length": 8}, 0.4, 0.95),
@@ -190,7 +190,7 @@ def _roads(listed: Listed, quadratic: Quadratic, trace: float) -> float:
 def _ends(listed: Listed, best: Tensor, seed: int) -> float:
     """How far the family's ends are from shifted_loss and shiq_loss at a random table, relative."""
     x = best + torch.from_numpy(np.random.default_rng(seed).normal(size=len(best)))
-    options = {"beta": listed.world.beta, "gamma": listed.world.gamma}
+    options: dict[str, Any] = {"beta": listed.world.beta, "gamma": listed.world.gamma}
     known = [float(loss(*listed.stats(x), **options)) for loss in (shifted_loss, shiq_loss)]
     return max(abs(float(listed.loss(x, trace)) / value - 1) for trace, value in zip((0.0, 1.0), known, strict=True))
 

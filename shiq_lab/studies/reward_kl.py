@@ -88,7 +88,8 @@ def two_roads(mdp: TokenMDP, world: World, betas: Floats) -> float:
 
 # ---------------------------------------------------------------------------------------------------------- measuring
 def betas_of(settings: Settings) -> list[float]:
-    return [float(f"{b:.3g}") for b in np.geomspace(*settings["beta_range"], settings["betas"])]
+    low, high = settings["beta_range"]
+    return [float(f"{b:.3g}") for b in np.geomspace(low, high, settings["betas"])]
 
 
 def cases(settings: Settings) -> list[Case]:

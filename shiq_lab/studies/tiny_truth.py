@@ -53,6 +53,7 @@ SIZES: dict[str, Size] = {
 
 
 def cases(settings: Settings) -> list[Case]:
+    """The environments."""
     chosen = settings["environments"] or list(SIZES)
     return [{"environment": name} for name in chosen]
 
@@ -107,6 +108,7 @@ def summarise(settings: Settings, records: list[Record]) -> dict[str, Any]:
 
 
 def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
+    """The acceptance of the tiny transformer, and that there was something to learn."""
     lines = list(summary.values())
     q, kl = (max(line[key] for line in lines) for key in ("q_relative", "kl"))
     before = min(line["q_relative_before"] for line in lines)
