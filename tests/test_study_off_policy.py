@@ -30,11 +30,13 @@ def world() -> World:
     return off_policy.world_at(FAST, 0)
 
 
+@pytest.mark.slow
 def test_every_claim_holds_on_tables(tables: Result) -> None:
     assert len(tables.claims) == 7
     assert tables.passed, [(c.text, c.measured) for c in tables.claims if not c.holds]
 
 
+@pytest.mark.slow
 def test_the_figure_draws(tables: Result) -> None:
     assert len(OFF_POLICY.draw(tables).axes) == 3
 

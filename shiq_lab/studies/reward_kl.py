@@ -197,6 +197,7 @@ def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
     own = runs[f"{REINFORCE} (own)"]["gap"]["value"]
     sampled = {loss: runs[f"{loss} (sampled)"]["gap"] for loss in OFF_POLICY}
     on_it = {loss: runs[f"{loss} (sampled)"]["below"] for loss in OFF_POLICY}
+    least = min(min(x["value"]) for x in sampled.values())
     share = {loss: float(np.median(np.divide(on_it[loss]["value"], sampled[loss]["value"]))) for loss in OFF_POLICY}
     return [
         Claim(
@@ -228,16 +229,15 @@ def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
             max(own) <= 2e-2,
         ),
         Claim(
-            f"On {settings['n']} rows none does: strings never seen take mass, and ShiQ, which also pins the level of every "
-            "state, ends nearer than the others.",
-            "gaps over ShiQ's: " + ", ".join(f"{SHORT[k]} {_times(x)}" for k, x in others.items())
-            + f"; ShiQ's own at least {min(sampled['ShiQ']['value']):.1e} of J* - J_ref",
-            all(x["low"] > 0 for x in others.values()) and min(min(x["low"]) for x in sampled.values()) > 1e-6,
+            f"On {settings['n']} rows none does: strings never seen take mass, and the rows matter more than the loss.",
+            f"smallest gap of any loss {least:.1e}, {least / max(whole.values()):.3g} times the largest on all strings; over "
+            "ShiQ on the same rows: " + ", ".join(f"{SHORT[k]} {_times(x)}" for k, x in others.items()),
+            least / max(whole.values()) > max(10 ** x["high"] for x in others.values()),
         ),
         Claim(
-            "Being near the frontier says less than it seems: points stand closer to it than to their own beta's point.",
+            "What is missed there is missed below the frontier, not along it: most of the gap is distance below.",
             "distance below / gap, median over beta: " + ", ".join(f"{SHORT[k]} {x:.2f}" for k, x in share.items()),
-            all(x < 1 for x in share.values()),
+            all(0.5 < x <= 1 for x in share.values()),
         ),
     ]  # fmt: skip
 

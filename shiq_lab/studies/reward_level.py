@@ -330,7 +330,7 @@ REWARD_LEVEL = Study(
         "seeds": 10, "depth": 4, "n_tokens": 2, "beta": 1.0, "steps": 600, "learning_rate": 0.3, "marks": 40,
         "q_goal": 0.1, "kl_goal": 1e-2,
     },
-    fast={"seeds": 2, "depth": 3, "steps": 150},
+    fast={"seeds": 2, "depth": 3, "steps": 250},
     cases=cases,
     measure=measure,
     summarise=summarise,

@@ -3,10 +3,13 @@
 import difflib
 
 from shiq_lab.errors import bad
+from shiq_lab.studies.data_size import DATA_SIZE
 from shiq_lab.studies.frame import Study
+from shiq_lab.studies.reward_kl import REWARD_KL
+from shiq_lab.studies.reward_level import REWARD_LEVEL
 from shiq_lab.studies.tiny_truth import TINY
 
-_ALL: tuple[Study, ...] = (TINY,)
+_ALL: tuple[Study, ...] = (TINY, REWARD_KL, REWARD_LEVEL, DATA_SIZE)
 STUDIES: dict[str, Study] = {study.name: study for study in _ALL}
 
 
