@@ -43,18 +43,15 @@ def test_every_claim_that_few_steps_can_show_holds_on_networks() -> None:
 
 
 def test_the_behavior_stays_on_the_string() -> None:
-    """Also where pi* leaves it, since the reference seldom says the rest: every letter of the string with chance 1 - 1/T."""
-    left = 0
+    """Every letter of the rewarded string with chance 1 - 1/T, whatever the reference likes."""
     for seed in range(10):
         world = world_of(*ablation.environment({**NEEDLE, "length": 8}, seed))
-        behavior, best = np.exp(ablation.behavior_of(world, {**NEEDLE, "length": 8})), world.solution.log_policy()
+        behavior = np.exp(ablation.behavior_of(world, {**NEEDLE, "length": 8}))
         state = int(world.starts[0])
         for token in needle_string(8, 2, seed):
             assert behavior[state, token] == pytest.approx(7 / 8)
-            left += best[state].argmax() != token
             state = world.mdp.next_state[state, token]
         assert state == -1
-    assert left > 0
 
 
 def test_the_same_seed_gives_the_same_numbers() -> None:

@@ -157,6 +157,7 @@ def string_kl(policy: Floats, best: Floats) -> float:
 
 # ---------------------------------------------------------------------------------------------------------- measuring
 def cases(settings: Settings) -> list[Case]:
+    """What is measured, case by case."""
     size = [{"kind": "size", "behavior": b, "n": n} for b in BEHAVIORS for n in settings["n"]]
     support = [{"kind": "support", "untried": k, "shift": 0.0} for k in range(settings["n_tokens"])]
     shift = [{"kind": "support", "untried": 1, "shift": c} for c in settings["shifts"]]
@@ -164,6 +165,7 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def measure(settings: Settings, case: Case, seed: int) -> dict[str, Any]:
+    """One case at one seed."""
     return _size(settings, case, seed) if case["kind"] == "size" else _support(settings, case, seed)
 
 
@@ -246,6 +248,7 @@ def _support(settings: Settings, case: Case, seed: int) -> dict[str, Any]:
 
 # -------------------------------------------------------------------------------------------------------- summing up
 def summarise(settings: Settings, records: list[Record]) -> dict[str, Any]:
+    """What the figure and the claims need, with intervals over the seeds."""
     size = [r for r in records if r.case["kind"] == "size"]
     full = [r.numbers for r in size if r.numbers["covered"] == 1]
     short = [r.numbers for r in size if r.numbers["covered"] < 1]
@@ -298,6 +301,7 @@ def _support_line(case: Case, found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
+    """What the figure shows, each with its numbers."""
     edge, size, adam = summary["threshold"], summary["size"], summary["adam"]
     support = {(x["untried"], x["shift"]): x for x in summary["support"]}
     reinforce, sft = size["uniform"]["reinforce_over_predicted"], size["optimal"]["sft_over_predicted"]

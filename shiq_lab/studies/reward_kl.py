@@ -88,11 +88,13 @@ def two_roads(mdp: TokenMDP, world: World, betas: Floats) -> float:
 
 # ---------------------------------------------------------------------------------------------------------- measuring
 def betas_of(settings: Settings) -> list[float]:
+    """The values of beta, evenly on a logarithmic axis."""
     low, high = settings["beta_range"]
     return [float(f"{b:.3g}") for b in np.geomspace(low, high, settings["betas"])]
 
 
 def cases(settings: Settings) -> list[Case]:
+    """What is measured, case by case."""
     betas = betas_of(settings)
     sampled = [{"data": "sampled", "loss": loss, "beta": b} for loss in OFF_POLICY for b in betas]
     own = [{"data": "own", "loss": REINFORCE, "beta": b} for b in betas]
@@ -145,6 +147,7 @@ def _frontier(settings: Settings, world: World) -> dict[str, Any]:
 
 # -------------------------------------------------------------------------------------------------------- summing up
 def summarise(settings: Settings, records: list[Record]) -> dict[str, Any]:
+    """What the figure and the claims need, with intervals over the seeds."""
     curves = [r for r in records if r.case["data"] == "frontier"]
     points = [r for r in records if r.case["data"] != "frontier"]
     numbers = [r.numbers for r in points]
@@ -191,6 +194,7 @@ def _against_shiq(points: list[Record]) -> dict[str, Any]:
 
 
 def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
+    """What the figure shows, each with its numbers."""
     runs, others = summary["runs"], summary["worse_than_shiq"]
     whole = {loss: max(runs[f"{loss} (all)"]["gap"]["value"]) for loss in OFF_POLICY}
     hard, soft = runs[f"{HARD} (all)"], runs[f"{DPO} (all)"]

@@ -73,6 +73,7 @@ def worlds(settings: Settings, seed: int) -> dict[str, World]:
 
 
 def cases(settings: Settings) -> list[Case]:
+    """What is measured, case by case."""
     return [{"loss": loss} for loss in (ONE, SHIQ, FIRST, DRO, REINFORCE)]
 
 
@@ -178,6 +179,7 @@ def _policy_bound(world: World, kl: float) -> float:
 
 # -------------------------------------------------------------------------------------------------------- summing up
 def summarise(settings: Settings, records: list[Record]) -> dict[str, Any]:
+    """What the figure and the claims need, with intervals over the seeds."""
     out: dict[str, Any] = {"truth": _largest([r.numbers["truth"] for r in records]), "runs": {}}
     for case in cases(settings):
         found = [r.numbers for r in records if r.case == case]
@@ -228,6 +230,7 @@ def _curves(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
+    """What the figure shows, each with its numbers."""
     truth, runs = summary["truth"], summary["runs"]
     rounding = 1e-13 * truth["scale"]  # a sweep of `depth` backups, a few eps of the largest value each
     off = max(truth["policy"], truth["v"], truth["q"])
