@@ -12,7 +12,7 @@ Theory. As functions of the read-out q_hat the losses of steps 0, 1 and 2 are on
 where l_ref puts q_hat, and in nothing else: beta l_ref, beta lse(l_ref), 0. Where nothing is paid the last is the truth and
 the others are not: their loss there is E sum (c - gamma u(s'))^2 > 0, and training moves a policy that was right. Step 3
 changes the metric from I to A'A (F2): a terminal reward reaches the first of T letters at the first update, not at the T-th,
-and what is won grows with T. Naive logits sampled without the reference stay off by KL(pi* || softmax(q* / beta)).
+and more is won on strings longer than a few letters. Naive logits sampled without the reference stay off by KL(pi* || softmax(q* / beta)).
 """
 
 from dataclasses import replace
@@ -376,7 +376,7 @@ def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
             all(min(a) == int(T) and b == [1] for T, (a, b) in moved.items()),
         ),
         Claim(
-            "What multi-step saves grows with the string: updates of one-step over those of ShiQ.",
+            "Multi-step saves more on the longer strings than on the shortest: updates of one-step over those of ShiQ.",
             ", ".join(f"T = {T}: {show(r)}" for T, r in zip(lengths, ratios, strict=True)),
             all(r["low"] > 1 for r in ratios) and ratios[-1]["low"] > ratios[0]["high"],
         ),

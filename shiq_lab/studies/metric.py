@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 BEHAVIORS, NEAR = ("uniform", "reference", "pi*"), "near the path"
 NEARBY = 1e-7  # from l*: curvature changes 1/kappa by about NEARBY * kappa of itself
+SLOWEST = 1e-5  # 1/kappa below it is not compared: that change would be more than 1 %
 WORLDS: dict[str, tuple[dict[str, int], float, float]] = {  # parameters, beta, gamma
     "Tree": ({"depth": 3, "n_tokens": 3}, 0.5, 0.9),
     "Chain": ({"length": 8}, 0.4, 0.95),
@@ -216,7 +217,8 @@ def summarise(settings: Settings, records: list[Record]) -> dict[str, Any]:
         out["lines"][f"{case['environment']}, {case['behavior']}"] = line
         for name, found in (pair for n in mine for rates in n["rates"] for pair in rates.items()):
             predicted, seen = (1 - x for x in found)  # what an update takes away
-            gaps[name].append(abs(seen / predicted - 1))
+            if predicted >= SLOWEST:
+                gaps[name].append(abs(seen / predicted - 1))
     out["rates"] = {name: {"compared": len(x), "worst": max(x)} for name, x in gaps.items()}
     for key in ("roads", "ends"):
         out[key] = max(r.numbers[key] for r in records if r.numbers[key] is not None)
