@@ -268,7 +268,8 @@ def train_on_rows(
     """Gauss-Newton on the empirical loss of a fixed set of rows that know their states (of the unrolled automaton).
 
     In a deterministic world the zero is that of the population loss as soon as the rows act in every reachable policy state
-    with every allowed token (F8); what they never take keeps its reference logit.
+    with every allowed token (F8); what they never take keeps its reference logit here (gradient steps
+    would move it through the log-sum-exp).
     """
     method = loss if isinstance(loss, Method) else methods.lookup(loss)
     if method.form not in ("square", "first"):

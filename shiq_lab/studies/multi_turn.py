@@ -399,7 +399,7 @@ def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
     repaired = [line["q_error"][form]["high"] for line in lines.values() for form in ("semi-gradient", "turn-cut")]
     return [
         Claim(
-            "Random tools bias ShiQ off-policy, by exactly what F9 predicts; not on pi*'s own data, and certain tools never do.",
+            "Random tools bias ShiQ off-policy, by exactly what F9 predicts; not on pi*'s own data, and certain tools never.",
             f"largest gradient at l*, RandomTool: uniform {_says(off['bias']['ShiQ'])}, own data "
             f"{own['stationary']['ShiQ']:.1e}; predicted within {worst['bias']:.1e}",
             off["bias"]["ShiQ"]["low"] > 1e-3 and own["stationary"]["ShiQ"] <= 1e-13 and worst["bias"] <= 1e-13
@@ -597,7 +597,7 @@ MULTI_TURN_TINY = Study(
     title="Random tools and a tiny transformer",
     question="Do the repairs of ShiQ for random tools bring a network to q* where ShiQ does not?",
     settings={"seeds": 10, "steps": 500, "width": 32, "near": 0.05},
-    fast={"seeds": 1, "steps": 250, "near": 0.1},
+    fast={"seeds": 1, "steps": 250},
     cases=tiny_cases,
     measure=tiny_measure,
     summarise=tiny_summarise,

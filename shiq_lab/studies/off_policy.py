@@ -81,6 +81,7 @@ class Strings:
 
     @classmethod
     def of(cls, world: World, behavior: Floats, rows: TokenBatch | None = None) -> "Strings":
+        """The strings of a world, with what they pay."""
         listed = world.rows
         chance = {
             name: np.exp(spoken(world.mdp, listed, torch.tensor(np.array(table)), policy=True).numpy())
@@ -165,19 +166,23 @@ def coverage(world: World, rows: TokenBatch, strings: Strings) -> dict[str, floa
 
 # --------------------------------------------------------------------------------------------------------------- measuring
 def world_at(settings: Settings, seed: int) -> World:
+    """The environment of a seed."""
     return world_of(make("Tree", depth=settings["depth"], n_tokens=4, seed=seed), settings["beta"])
 
 
 def marks(steps: int) -> list[int]:
+    """After how many updates to measure."""
     return sorted({0, *(round(x) for x in np.geomspace(1, steps, 36))})
 
 
 def cases(settings: Settings) -> list[Case]:
+    """What is measured, case by case."""
     runs = [{"behavior": b, "loss": loss} for b in BEHAVIORS for loss in LOSSES]
     return [*runs, {"behavior": "own", "loss": PLAIN}, *({"behavior": b, "loss": "listing"} for b in BEHAVIORS)]
 
 
 def measure(settings: Settings, case: Case, seed: int) -> dict[str, Any]:
+    """One case at one seed."""
     world = world_at(settings, seed)
     if case["loss"] == "listing":
         return listing(world, case["behavior"])
@@ -270,6 +275,7 @@ def run_of(many: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summarise(settings: Settings, records: list[Record]) -> dict[str, Any]:
+    """What the figure and the claims need, with intervals over the seeds."""
     out: dict[str, Any] = {"own": run_of(of(records, behavior="own"))}
     far, near = ([x["kl"][-1] for x in of(records, behavior=b, loss=WEIGHTED)] for b in ("adversarial", "reference"))
     out["farther"] = vars(interval([a / b for a, b in zip(far, near, strict=True)]))
@@ -296,6 +302,7 @@ def each(text: Any) -> str:
 
 
 def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
+    """What the figure shows, each with its numbers."""
     s, limit = summary, {b: summary[b]["listing"] for b in BEHAVIORS}
     goal = settings["goal"]
 
@@ -369,6 +376,7 @@ def curve(axes: "Axes", run: dict[str, Any], name: str | None, label: str, floor
 
 
 def frame(axes: "Axes", title: str, steps: int, ylim: tuple[float, float]) -> None:
+    """One panel, empty: axes, scales and title."""
     ticks = [0.7, *(t for t in (1, 10, 100, 1000) if 1 < t <= steps)]
     axes.set(xscale="log", yscale="log", xlabel="updates", ylim=ylim)
     axes.set_xticks(ticks, ["0", *(f"{t:,.0f}" for t in ticks[1:])])
@@ -379,6 +387,7 @@ def frame(axes: "Axes", title: str, steps: int, ylim: tuple[float, float]) -> No
 
 @style()
 def draw(result: Result) -> "Figure":
+    """The figure."""
     page = figure(figsize=(9, 3.7))
     panels = page.subplots(1, 3, sharey=True)
     titles = ("ShiQ", "REINFORCE, unweighted", "REINFORCE, importance weights")
@@ -420,6 +429,7 @@ TINY_GRADIENTS = ("reference", "adversarial")  # the data that policy gradients 
 
 
 def cases_tiny(settings: Settings) -> list[Case]:
+    """What is measured on the network, case by case."""
     return [{"depth": settings["depth"]}]
 
 
@@ -473,6 +483,7 @@ def measure_tiny(settings: Settings, case: Case, seed: int) -> dict[str, Any]:
 
 
 def summarise_tiny(settings: Settings, records: list[Record]) -> dict[str, Any]:
+    """The same for the network."""
     many = [r.numbers for r in records]
     runs = [key for key in many[0] if key not in ("visited", "unvisited")]
     out: dict[str, Any] = {key: run_of([x[key] for x in many]) for key in runs}
@@ -491,6 +502,7 @@ def summarise_tiny(settings: Settings, records: list[Record]) -> dict[str, Any]:
 
 
 def claims_tiny(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
+    """What the figure of the network shows."""
     s, goal = summary, settings["goal"]
     shiq = {b: s[f"ShiQ, {b}"] for b in BEHAVIORS}
     plain, weighted = ({b: s[f"{loss}, {b}"] for b in TINY_GRADIENTS} for loss in (PLAIN, WEIGHTED))
@@ -532,6 +544,7 @@ def claims_tiny(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
 
 @style()
 def draw_tiny(result: Result) -> "Figure":
+    """The figure of the network."""
     page = figure(figsize=(9, 3.7))
     left, middle, right = page.subplots(1, 3)
     summary, steps, floor = result.summary, result.settings["steps"], 1e-5

@@ -3,13 +3,15 @@
 import difflib
 
 from shiq_lab.errors import bad
+from shiq_lab.studies.ablation import ABLATION, ABLATION_TINY
 from shiq_lab.studies.data_size import DATA_SIZE
 from shiq_lab.studies.frame import Study
+from shiq_lab.studies.off_policy import OFF_POLICY, OFF_POLICY_TINY
 from shiq_lab.studies.reward_kl import REWARD_KL
 from shiq_lab.studies.reward_level import REWARD_LEVEL
 from shiq_lab.studies.tiny_truth import TINY
 
-_ALL: tuple[Study, ...] = (TINY, REWARD_KL, REWARD_LEVEL, DATA_SIZE)
+_ALL: tuple[Study, ...] = (TINY, REWARD_KL, ABLATION, ABLATION_TINY, OFF_POLICY, OFF_POLICY_TINY, REWARD_LEVEL, DATA_SIZE)
 STUDIES: dict[str, Study] = {study.name: study for study in _ALL}
 
 

@@ -32,9 +32,6 @@ def signature(kind: str) -> str:
     return _lookup(kind).signature()
 
 
-component_signature = signature  # its public name, shiq_lab.component_signature
-
-
 component_signature = signature  # the name that the package exports
 
 
