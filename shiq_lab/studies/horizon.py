@@ -210,6 +210,7 @@ def world(environment: str, length: int, seed: int) -> tuple[TokenMDP, float]:
 
 
 def cases(settings: Settings) -> list[Case]:
+    """What is measured, case by case."""
     lengths = {"on path": settings["on_path"], "uniform": settings["uniform"]}
     return [
         {"data": data, "environment": name, "length": T}
@@ -297,6 +298,7 @@ def _misfit(x: Floats, logs: Floats) -> float:
 
 
 def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
+    """What the figure shows, each with its numbers."""
     curves, growth = summary["curves"], summary["growth"]
     early, late = (f"updates to {g:g}" for g in (settings["goals"][0], settings["goals"][-1]))
 

@@ -90,10 +90,12 @@ class Listed:
         self.edges = (torch.from_numpy(edges[:, 0]), torch.from_numpy(edges[:, 1]))
 
     def stats(self, logits: Tensor) -> tuple[TokenStats, TokenStats, TokenBatch]:
+        """The two numbers a token of a table of logits."""
         table = self.ref.index_put(self.edges, logits)
         return TokenStats.from_table(table, self.rows), TokenStats.from_table(self.ref, self.rows), self.rows
 
     def loss(self, logits: Tensor, trace: float) -> Tensor:
+        """The expected loss of the metric lambda."""
         return trace_loss(*self.stats(logits), beta=self.world.beta, gamma=self.world.gamma, trace=trace)
 
     def hessian(self, logits: Tensor, trace: float) -> Tensor:
@@ -131,6 +133,7 @@ def contraction(descent: Descent, step: float, direction: Tensor, updates: int) 
 
 
 def cases(settings: Settings) -> list[Case]:
+    """What is measured, case by case."""
     short = [{"environment": name, "behavior": behavior} for name in settings["environments"] for behavior in BEHAVIORS]
     return short + [{"environment": name, "behavior": NEAR} for name in ("Needle", "Chain")]
 
@@ -236,6 +239,7 @@ def _says(x: dict[str, float]) -> str:
 
 
 def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
+    """What the figure shows, each with its numbers."""
     lines = summary["lines"]
     short = {key: x for key, x in lines.items() if not key.endswith(NEAR)}
     needle = lines[f"Needle, {NEAR}"]

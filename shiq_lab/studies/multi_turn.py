@@ -211,6 +211,7 @@ def _loop_numbers(name: str, gamma: float, seed: int, updates: int = 200) -> dic
 
 # ---------------------------------------------------------------------------------------------------------- measuring
 def cases(settings: Settings) -> list[Case]:
+    """What is measured, case by case."""
     talk: list[Case] = [{"environment": name, "data": data} for name in WORLDS for data in DATA]
     return talk + [{"environment": name, "gamma": gamma} for name in LOOPS for gamma in settings["gammas"]]
 
@@ -392,6 +393,7 @@ def _says(x: dict[str, Any]) -> str:
 
 
 def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
+    """What the figure shows, each with its numbers."""
     lines, worst = summary["lines"], summary["worst"]
     off, own = lines["RandomTool, uniform"], lines["RandomTool, pi*"]
     sure = [lines[f"ToolCall, {data}"] for data in DATA]
@@ -528,6 +530,7 @@ SUBJECTS = {"ShiQ": "ShiQ", "semi-gradient": "semi-gradient, through the token",
 
 
 def tiny_cases(settings: Settings) -> list[Case]:
+    """What is measured on the network, case by case."""
     return [{"loss": form} for form in FORMS]
 
 
@@ -549,6 +552,7 @@ def tiny_measure(settings: Settings, case: Case, seed: int) -> dict[str, Any]:
 
 
 def tiny_summarise(settings: Settings, records: list[Record]) -> dict[str, Any]:
+    """The same for the network."""
     out: dict[str, Any] = {"at": records[0].numbers["at"], "prefixes": records[0].numbers["prefixes"]}
     for form in FORMS:
         mine = [r.numbers for r in records if r.case["loss"] == form]
@@ -557,6 +561,7 @@ def tiny_summarise(settings: Settings, records: list[Record]) -> dict[str, Any]:
 
 
 def tiny_claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
+    """What the figure of the network shows."""
     end = {form: {key: summary[form]["q_error"][key][-1] for key in ("value", "low", "high")} for form in FORMS}
     kl = {form: {key: summary[form]["kl"][key][-1] for key in ("value", "low", "high")} for form in FORMS}
     repairs = ("semi-gradient", "turn-cut")
