@@ -39,16 +39,21 @@ def walk(next_state: Tensor, start: int, input_ids: Tensor, real: Tensor, first:
     return out
 
 
-def states_of(
-    next_state: Tensor, start: int, input_ids: Tensor, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None
-) -> Tensor:
-    """`walk` along a causal language model's inputs: padding and packed segments as the masks say; int[B, L]."""
+def real_tokens(input_ids: Tensor, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
+    """bool[B, L]: what is no padding. Raises ValueError for inputs of a causal language model that do not fit together."""
     if input_ids.ndim != 2 or input_ids.is_floating_point():
         raise bad("input_ids", "integers [B, L]", f"{input_ids.dtype}, shape {tuple(input_ids.shape)}")
     for name, mask in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
         if mask is not None and mask.shape != input_ids.shape:
             raise bad(name, f"shape {tuple(input_ids.shape)}, as input_ids", f"shape {tuple(mask.shape)}")
-    real = torch.ones_like(input_ids) == 1 if attention_mask is None else attention_mask == 1
+    return torch.ones_like(input_ids) == 1 if attention_mask is None else attention_mask == 1
+
+
+def states_of(
+    next_state: Tensor, start: int, input_ids: Tensor, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None
+) -> Tensor:
+    """`walk` along a causal language model's inputs: padding and packed segments as the masks say; int[B, L]."""
+    real = real_tokens(input_ids, attention_mask, segment_ids)
     first = None
     if segment_ids is not None:
         first = real & (segment_ids != torch.nn.functional.pad(segment_ids, (1, 0))[:, :-1])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shiq_lab.errors import at_least, bad
-from shiq_lab.models.tabular import CausalLMOutput
+from shiq_lab.models.tabular import CausalLMOutput, real_tokens
 
 
 class RMSNorm(nn.Module):
@@ -101,7 +101,9 @@ class TinyTransformer(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None
     ) -> CausalLMOutput:
-        real, segment = self._masks(input_ids, attention_mask, segment_ids)
+        real = real_tokens(input_ids, attention_mask, segment_ids)
+        self._check_ids(input_ids, real)
+        segment = torch.zeros_like(input_ids) if segment_ids is None else segment_ids
         L = input_ids.shape[1]
         earlier = torch.ones(L, L, dtype=torch.bool, device=input_ids.device).tril()
         sees = earlier & real[:, None, :] & (segment[:, :, None] == segment[:, None, :])  # (B, L, L)
@@ -112,19 +114,12 @@ class TinyTransformer(nn.Module):
             x = block(x, position, sees[:, None])
         return CausalLMOutput(self.head(self.norm(x)))
 
-    def _masks(self, input_ids: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        if input_ids.ndim != 2 or input_ids.is_floating_point():
-            raise bad("input_ids", "integers [B, L]", f"{input_ids.dtype}, shape {tuple(input_ids.shape)}")
-        for name, mask in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
-            if mask is not None and mask.shape != input_ids.shape:
-                raise bad(name, f"shape {tuple(input_ids.shape)}, as input_ids", f"shape {tuple(mask.shape)}")
-        real = torch.ones_like(input_ids) == 1 if attention_mask is None else attention_mask == 1
+    def _check_ids(self, input_ids: Tensor, real: Tensor) -> None:
         outside = real & ((input_ids < 0) | (input_ids >= self.n_tokens))
         if outside.any():
             row, position = (int(x) for x in outside.nonzero()[0])
             got = f"{int(input_ids[row, position])} at row {row}, position {position}"
             raise bad("input_ids", f"ids from 0 to {self.n_tokens - 1} where attention_mask is 1", got)
-        return real, torch.zeros_like(input_ids) if segment_ids is None else segment_ids
 
     def __call__(self, *args: Tensor, **kwargs: Tensor | None) -> CausalLMOutput:  # typed, for callers' sake
         return super().__call__(*args, **kwargs)
