@@ -569,6 +569,9 @@ def make_figures(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="Only these figures.")] = None,
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where they go.")] = Path("figures"),
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
+    redraw: Annotated[
+        bool, typer.Option("--redraw", help="Draw the studies from their numbers in DIR, measure nothing.")
+    ] = False,
 ) -> None:
     """Make every figure again, as PNG and SVG, with its numbers as JSON; docs/studies.md too, in a clone. Long: minutes."""
     from shiq_lab import gallery
@@ -577,7 +580,7 @@ def make_figures(
 
     fine = True
     for name in progress(gallery.choose(names or []), "figures"):
-        result = gallery.make(name, folder, jobs=jobs or os.cpu_count() or 1, cache=CACHE)
+        result = gallery.make(name, folder, jobs=jobs or os.cpu_count() or 1, cache=CACHE, redraw=redraw)
         fine &= result is None or result.passed
         out.print(
             f"{name}: {folder / name}.png, .svg, .json" + ("" if result is None or result.passed else "  [red]FAILS[/red]")

@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,10 +75,13 @@ def choose(names: list[str]) -> list[str]:
     return list(dict.fromkeys(names)) or list(NAMES)
 
 
-def make(name: str, folder: Path, *, jobs: int = 1, cache: Path | None = None) -> Result | None:
-    """Draw one figure and write NAME.png, NAME.svg and NAME.json; the result of a study is returned."""
+def make(name: str, folder: Path, *, jobs: int = 1, cache: Path | None = None, redraw: bool = False) -> Result | None:
+    """Draw one figure and write NAME.png, NAME.svg and NAME.json; the result of a study is returned.
+
+    redraw: a study is not measured again, its numbers in the folder are summed up and drawn anew.
+    """
     if name in STUDIES:
-        result = run(STUDIES[name], jobs=jobs, cache=cache)
+        result = again(name, folder) if redraw else run(STUDIES[name], jobs=jobs, cache=cache)
         keep(result, folder)
         return result
     if name == "selftest":
@@ -88,6 +91,18 @@ def make(name: str, folder: Path, *, jobs: int = 1, cache: Path | None = None) -
         drawn, numbers = PICTURES[name]()
     _write(name, folder, drawn, numbers)
     return None
+
+
+def again(name: str, folder: Path) -> Result:
+    """A study's committed records, summed up and claimed anew by the code as it stands."""
+    path, study = folder / f"{name}.json", STUDIES[name]
+    if not path.is_file():
+        raise bad("--redraw", f"{path}, an earlier result", "no such file", f"Run `shiq-lab figures {name}`.")
+    old = Result.from_json(json.loads(path.read_text(encoding="utf-8")))
+    summary = study.summarise(old.settings, old.records)
+    return replace(
+        old, title=study.title, question=study.question, summary=_plain(summary), claims=study.claims(old.settings, summary)
+    )
 
 
 def keep(result: Result, folder: Path) -> list[Path]:

@@ -90,12 +90,14 @@ def descend(
     schedule: Schedule = "constant",
     record_at: Sequence[int] | None = None,
     goal: float = 0.0,
+    value_rate: float | None = None,
 ) -> Trace:
     """Train a model by a loss on fixed rows, or on its own rows (rows=None: the exact listing, weighted by the current policy).
 
     model() gives the table float[S, V] from `parameters`; default: a Table at the reference. behavior float[S, V] is what the
-    rows were drawn with, for losses that ask. A loss with values of its own learns them along, from 0. record_at: after
-    how many updates to measure, default about 20 times over the run; stops early where max Q error <= goal (at a recorded one).
+    rows were drawn with, for losses that ask. A loss with values of its own learns them along, from 0, at value_rate (default:
+    learning_rate). record_at: after how many updates to measure, default about 20 times over the run; stops early where
+    max Q error <= goal (at a recorded one).
     """
     subject = loss if isinstance(loss, Subject) else lookup(loss)
     if subject.twos:
@@ -112,7 +114,9 @@ def descend(
         raise bad("parameters", "the model's parameters", "None")
     marks = sorted({0, steps, *(_marks(steps) if record_at is None else record_at)})
     values = torch.zeros(world.mdp.n_states, dtype=torch.float64, requires_grad=subject.values is not None)
-    learned = [*parameters, *([values] if subject.values else [])]
+    learned: list[dict[str, Any]] = [{"params": [*parameters]}]
+    if subject.values:
+        learned.append({"params": [values], "lr": learning_rate if value_rate is None else value_rate})
     step_size, stepper = _stepper(optimizer, learned, learning_rate, schedule, steps)
     point = _point(world, world.rows if rows is None else rows, behavior)
     at: list[int] = []

@@ -87,7 +87,10 @@ def train_tiny(
     schedule: Schedule = "cosine",
     record_at: Sequence[int] | None = None,
 ) -> tuple[Trace, TinyTransformer]:
-    """Train a copy of the reference by a loss on rows of start.world (None: on its own), Adam; the trace and the network."""
+    """Train a copy of the reference by a loss on rows of start.world (None: on its own), Adam; the trace and the network.
+
+    Values that a loss learns beside the network are a table, at ten times the rate.
+    """
     model = deepcopy(start.reference).requires_grad_(True)
 
     def table() -> Tensor:
@@ -95,6 +98,6 @@ def train_tiny(
 
     trace = descend(
         loss, start.world, rows, behavior, model=table, parameters=model.parameters(), steps=steps,
-        learning_rate=learning_rate, schedule=schedule, record_at=record_at,
+        learning_rate=learning_rate, schedule=schedule, record_at=record_at, value_rate=10 * learning_rate,
     )  # fmt: skip
     return trace, model

@@ -129,6 +129,7 @@ ROOMS = (
     "studies.statistics",
     "studies.frame",
     "studies.tiny_truth",
+    "studies.every_loss",
     "studies.reward_kl",
     "studies.ablation",
     "studies.off_policy",

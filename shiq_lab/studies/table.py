@@ -5,6 +5,7 @@ import difflib
 from shiq_lab.errors import bad
 from shiq_lab.studies.ablation import ABLATION, ABLATION_TINY
 from shiq_lab.studies.data_size import DATA_SIZE
+from shiq_lab.studies.every_loss import EVERY_LOSS
 from shiq_lab.studies.frame import Study
 from shiq_lab.studies.horizon import HORIZON
 from shiq_lab.studies.metric import METRIC
@@ -15,7 +16,7 @@ from shiq_lab.studies.reward_level import REWARD_LEVEL
 from shiq_lab.studies.tiny_truth import TINY
 
 _ALL: tuple[Study, ...] = (
-    TINY, REWARD_KL, ABLATION, ABLATION_TINY, OFF_POLICY, OFF_POLICY_TINY, REWARD_LEVEL, HORIZON, MULTI_TURN,
+    TINY, EVERY_LOSS, REWARD_KL, ABLATION, ABLATION_TINY, OFF_POLICY, OFF_POLICY_TINY, REWARD_LEVEL, HORIZON, MULTI_TURN,
     MULTI_TURN_TINY, DATA_SIZE, METRIC,
 )  # fmt: skip
 STUDIES: dict[str, Study] = {study.name: study for study in _ALL}

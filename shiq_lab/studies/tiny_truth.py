@@ -142,6 +142,7 @@ def draw(result: Result) -> "Figure":
         right.plot(share, np.maximum(n["kl_curve"], 1e-14), **options)
     for axes, bound, text in ((left, Q_WITHIN, "max |q̂ − q*| / range of q*"), (right, KL_WITHIN, "KL(π* ‖ π), nats")):
         axes.axhline(bound, color=GREY, lw=1, ls=":")
+        axes.annotate("asked", (1, bound), (0, 2), textcoords="offset points", color=GREY, fontsize=8, ha="right")
         axes.set(yscale="log", xlabel="share of the updates", ylabel=text)
     page.legend(*left.get_legend_handles_labels(), loc="outside right center")
     return page
