@@ -296,7 +296,7 @@ def draw(result: Result) -> "Figure":
     page = figure(figsize=(9.6, 3.7))
     panels = page.subplots(1, 3, sharey=True)
     shapes = dict(zip(WORLDS, (("blue", "s"), ("orange", "D"), ("green", "^"), ("vermilion", "o")), strict=True))
-    titles = {"uniform": "uniform data", "pi*": "pi*'s own data", NEAR: f"near the path, T = {result.settings['long']}"}
+    titles = {"uniform": "uniform data", "pi*": "π*'s own data", NEAR: f"near the path, T = {result.settings['long']}"}
     x = result.summary["traces"]
     shown: dict[str, Any] = {}
     for axes, (behavior, title) in zip(panels, titles.items(), strict=True):
@@ -311,7 +311,7 @@ def draw(result: Result) -> "Figure":
                 axes.fill_between(x, y["low"], y["high"], color=color, alpha=0.13, lw=0)
                 shown.setdefault(f"{name}, condition number" if what == "condition" else f"{name}, updates", drawn[0])
         axes.axhline(1, color=GREY, lw=0.8)
-        axes.set(yscale="log", title=title, xlabel="lambda (0: one-step, 1: ShiQ)")
+        axes.set(yscale="log", title=title, xlabel="λ (0: one-step, 1: ShiQ)")
         axes.grid(axis="y")
     panels[0].set_ylabel("relative to one-step")
     page.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4)
