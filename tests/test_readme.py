@@ -1,6 +1,7 @@
 """What README.md and docs/ show is what the commands print, and the examples are what README says they are."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -74,3 +75,36 @@ def test_every_public_name_in_the_readme_exists() -> None:
         "from_stats",
     }:
         assert hasattr(shiq_lab, name), name
+
+
+def committed(name: str) -> dict[str, object]:
+    return json.loads((ROOT / "figures" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_the_tiny_transformers_table_is_what_was_measured() -> None:
+    shown = README.partition("## Do a network's logits")[2].partition("```\n")[2].partition("```")[0].splitlines()[1:]
+    summary: dict[str, dict[str, float]] = committed("tiny")["summary"]  # type: ignore[assignment]
+    assert [line.split()[0] for line in shown] == list(summary)
+    for line, (name, n) in zip(shown, summary.items(), strict=True):
+        tried = f"{n['edges'] - n['untried']:.0f}/{n['edges']:.0f}"
+        numbers = [f"{n['prefixes']:.0f}", tried, f"{n['steps']:.0f}", f"{n['q_relative']:.2%}", f"{n['kl']:.0e}"]
+        assert line.split() == [name, *numbers, f"{n['q_relative_before']:.0%}", f"{n['kl_before']:.0e}"]
+
+
+def test_what_the_studies_found_is_what_they_claim() -> None:
+    """Every cell is made of claims, word for word, and they hold."""
+    section = README.partition("## What the paper claims, measured")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| \[([a-z-]+)\]\(figures/([a-z-]+)\.png\) \| (.*) \|$", section, re.MULTILINE)
+    assert len(rows) == 8
+    for name, picture, cell in rows:
+        rest = cell.replace("\\|", "|")
+        for claim in committed(name)["claims"]:  # type: ignore[attr-defined]
+            if claim["text"] in rest:
+                assert claim["holds"]
+                rest = rest.replace(claim["text"], "")
+        assert name == picture and not rest.strip(), rest
+
+
+def test_every_notebook_is_listed() -> None:
+    listed = re.findall(r"\(notebooks/(\d\d_\w+\.ipynb)\)", README)
+    assert listed == sorted(p.name for p in (ROOT / "notebooks").glob("*.ipynb"))
