@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from shiq_lab import envs, pictures, plotting, selftest
+from shiq_lab import envs, plotting, selftest
 from shiq_lab.bellman import Solution, solve
 from shiq_lab.enumeration import enumerate_trajectories
 from shiq_lab.errors import bad
+from shiq_lab.pictures import automaton_figure, automaton_graph, credit_of, trajectory_figure, tree_figure, tree_graph
 from shiq_lab.stats import TokenStats
 from shiq_lab.studies import page
 from shiq_lab.studies.frame import Result, run, write_json
@@ -32,12 +33,12 @@ def _solution(name: str, **parameters: Any) -> Solution:
 
 def _tree() -> Drawn:
     solution = _solution("Tree", depth=2, n_tokens=3)
-    return pictures.tree_figure(solution), asdict(pictures.tree_graph(solution))
+    return tree_figure(solution), asdict(tree_graph(solution))
 
 
 def _automaton() -> Drawn:
     solution = _solution("ToolCall", n_functions=2, n_arguments=1, n_values=2)
-    return pictures.automaton_figure(solution), asdict(pictures.automaton_graph(solution))
+    return automaton_figure(solution), asdict(automaton_graph(solution))
 
 
 def _trajectory() -> Drawn:
@@ -48,8 +49,8 @@ def _trajectory() -> Drawn:
     table = torch.tensor(np.where(mdp.allowed, mdp.ref_logits, -np.inf))
     ref, policy = (TokenStats.from_table(x, batch) for x in (table, torch.where(torch.isfinite(table), 1.5 * table, table)))
     options: dict[str, Any] = {"row": row, "beta": 0.2, "gamma": 0.9}
-    drawn = pictures.trajectory_figure(policy, ref, batch, tokens=mdp.tokens, **options)
-    return drawn, asdict(pictures.credit_of(policy, ref, batch, **options))
+    drawn = trajectory_figure(policy, ref, batch, tokens=mdp.tokens, **options)
+    return drawn, asdict(credit_of(policy, ref, batch, **options))
 
 
 def _plain(value: Any) -> Any:

@@ -185,7 +185,10 @@ def test_one_loss_that_cannot_be_loaded_does_not_hide_the_others(user, check, tm
         ((GOOD, "--trait", "semi_gradient"), "--trait: expected name=value, got 'semi_gradient'."),
         ((GOOD, "--trait", "semigradient=true"), "error --trait: expected one of kind, "),
         ((GOOD, "--trait", "semigradient=true"), "Did you mean 'semi_gradient'?"),
-        ((GOOD, "--trait", "padding=3"), "error --trait padding: expected some of 'right', 'left', got ('3',). For instance ('right',)."),
+        (
+            (GOOD, "--trait", "padding=3"),
+            "error --trait padding: expected some of 'right', 'left', got ('3',). For instance ('right',).",
+        ),
         ((GOOD, "--trait", "dtypes=half"), "error --trait dtypes: expected among float64, float32"),
         ((GOOD, "--trait", "semi_gradient=maybe"), "--trait: expected semi_gradient=true or semi_gradient=false"),
         ((GOOD, "--trait", "reduction=median"), "error --trait reduction: expected one of sum, row mean"),

@@ -20,6 +20,7 @@ from matplotlib.transforms import Bbox
 from shiq_lab import TokenBatch, TokenMDP, TokenStats, enumerate_trajectories, make, pictures, plotting, shiq_loss, solve
 from shiq_lab.batch import cut, pack, pad
 from shiq_lab.bellman import Solution
+from shiq_lab.pictures import credit, drawing
 from shiq_lab.sampling import sample
 
 TREES: dict[str, TokenMDP] = {
@@ -127,7 +128,7 @@ def test_shapes_tell_who_speaks_and_widths_are_the_policy(name: str) -> None:
         owner = "end" if node.state < 0 else "policy" if solution.mdp.is_policy[node.state] else "environment"
         shape = seen[f"{owner}-{i}"]
         assert isinstance(shape, Rectangle if owner == "environment" else Circle)
-        assert shape.get_facecolor()[:3] == matplotlib.colors.to_rgb(pictures.FILL[owner])
+        assert shape.get_facecolor()[:3] == matplotlib.colors.to_rgb(drawing.FILL[owner])
     for i, edge in enumerate(graph.edges):
         width = seen[f"edge-{i}"].get_linewidth()
         assert width == pytest.approx(0.4 + 4.4 * edge.policy, rel=1e-15), "a hair line, then proportional"
@@ -293,7 +294,7 @@ def test_boxes_are_shaded_by_who_spoke() -> None:
     boxes = shapes(figure)
     for i, kind in enumerate(expected):
         box = boxes[f"{kind.replace(' ', '-')}-{i}"]
-        assert box.get_facecolor()[:3] == matplotlib.colors.to_rgb(pictures.SHADE[kind])
+        assert box.get_facecolor()[:3] == matplotlib.colors.to_rgb(credit.SHADE[kind])
     assert data.cut == 8, "left-padded: the last token is the last column"
     words = [t.get_text() for t in figure.legends[0].get_texts()]
     assert words == ["prompt", "policy", "tool reply", "padding", "the row is cut here"]
@@ -352,7 +353,10 @@ PAGES: dict[str, Callable[[], Figure]] = {
 }
 
 
-@pytest.mark.parametrize("page", PAGES)
+LARGE = {"tree of random tool"}  # 68 nodes: seconds
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.slow] if p in LARGE else []) for p in PAGES])
 def test_no_text_covers_another_or_leaves_the_page(page: str) -> None:
     figure = PAGES[page]()
     figure.canvas.draw()
@@ -365,7 +369,7 @@ def test_no_text_covers_another_or_leaves_the_page(page: str) -> None:
     for (a, box), (b, other) in itertools.combinations(boxes, 2):
         assert not cover(box, other), f"{a!r} on {b!r}"
     named = lambda artist: str(artist.get_gid()).partition("-")[0]  # noqa: E731
-    states = [p for p in figure.findobj(Patch) if named(p) in pictures.FILL and len(figure.axes) == 1]
+    states = [p for p in figure.findobj(Patch) if named(p) in drawing.FILL and len(figure.axes) == 1]
     labels = [t for t in found if named(t) in ("token", "q", "pi", "band")]
     for label, state in itertools.product(labels, states):
         assert not cover(label.get_window_extent(), state.get_window_extent()), f"{label.get_text()!r} on {state.get_gid()}"
@@ -395,7 +399,7 @@ def test_tokens_of_real_tokenizers_can_be_printed(tmp_path: Path) -> None:
     """White space, formulas, letters that the font lacks, long strings; a missing glyph would warn, an error here."""
     strings = ["$x^2$", " the", "a\nb", "\N{CJK UNIFIED IDEOGRAPH-8A9E}", "<|endoftext|>", "\ud800"]
     expected = ["$x^2$", "␣the", "a\\nb", "\\u8a9e", "<|endof…", "\\ud800"]
-    assert [pictures.spell(s) for s in strings] == expected and pictures.spell("") == "∅"
+    assert [drawing.spell(s) for s in strings] == expected and drawing.spell("") == "∅"
     mdp = TokenMDP(np.full((1, 6), -1), np.arange(6.0)[None], np.zeros((1, 6)), tokens=tuple(strings))
     for draw in (pictures.tree_figure, pictures.automaton_figure):
         plotting.save(draw(solve(mdp, beta=1.0)), tmp_path / "a.png")
@@ -414,8 +418,8 @@ def test_tokens_of_real_tokenizers_can_be_printed(tmp_path: Path) -> None:
     ],
 )
 def test_numbers_are_rounded_honestly(x: float, places: int, said: str) -> None:
-    assert pictures.number(x, places).replace("e−", "e-") == said
+    assert drawing.number(x, places).replace("e−", "e-") == said
 
 
 def test_places_follow_the_largest_number() -> None:
-    assert [pictures.decimals(x) for x in ([], [0.0], [5.0, -0.2], [0.03], [250.0], [-4e-5])] == [2, 2, 2, 3, 0, 6]
+    assert [drawing.decimals(x) for x in ([], [0.0], [5.0, -0.2], [0.03], [250.0], [-4e-5])] == [2, 2, 2, 3, 0, 6]
