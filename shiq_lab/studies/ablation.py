@@ -32,8 +32,8 @@ from shiq_lab.objectives import World
 from shiq_lab.plotting import COLORS, GREY, MARKERS, figure, style
 from shiq_lab.policies import on_path, softmax_policy, uniform_policy
 from shiq_lab.population import Population
-from shiq_lab.studies.frame import Case, Claim, Record, Result, Settings, Study
-from shiq_lab.studies.statistics import interval
+from shiq_lab.studies.frame import Case, Claim, Record, Result, Settings, Study, numbers_of
+from shiq_lab.studies.statistics import interval, said
 from shiq_lab.tiny import pretrain, train_tiny
 from shiq_lab.training import episode_kl
 
@@ -228,11 +228,6 @@ def one_start(world: World, rows: TokenBatch, behavior: Floats, rate: float, ste
 
 
 # --------------------------------------------------------------------------------------------------------------- summing up
-def of(records: list[Record], **wanted: Any) -> list[Record]:
-    """The records of cases with these values."""
-    return [r for r in records if all(r.case.get(k) == v for k, v in wanted.items())]
-
-
 def counts(numbers: list[Any], most: int) -> dict[str, Any]:
     """Updates over seeds; a run that never came there counts as `most`, and how many did is said."""
     whole = [most if x is None else x for x in numbers]
@@ -265,7 +260,7 @@ def summarise(settings: Settings, records: list[Record]) -> dict[str, Any]:
     """What the figure and the claims need, with intervals over the seeds."""
     out: dict[str, Any] = {}
     for world in ("Tree", "silent"):
-        runs = {loss: [r.numbers for r in of(records, world=world, loss=loss)] for loss in STEPS}
+        runs = {loss: numbers_of(records, world=world, loss=loss) for loss in STEPS}
         out[world] = of_world(runs, settings["steps"])
         for loss in STEPS:
             out[world][loss]["formula_gap"] = max(abs(x["formula_error"] - x["q_error"][0]) for x in runs[loss])
@@ -273,13 +268,13 @@ def summarise(settings: Settings, records: list[Record]) -> dict[str, Any]:
             if loss != "ShiQ":
                 gaps = [abs(x["formula_loss"] - x["start_loss"]) / (1 + x["formula_loss"]) for x in runs[loss]]
                 out[world][loss]["formula_loss_gap"] = max(gaps)
-    out["one_start"] = max(r.numbers["gap"] for r in of(records, loss="one start"))
+    out["one_start"] = max(n["gap"] for n in numbers_of(records, loss="one start"))
     out["Needle"] = {str(T): _needle(settings, records, T) for T in settings["lengths"]}
     return out
 
 
 def _needle(settings: Settings, records: list[Record], T: int) -> dict[str, Any]:
-    runs = {loss: [r.numbers for r in of(records, world="Needle", length=T, loss=loss)] for loss in STEPS[2:]}
+    runs = {loss: numbers_of(records, world="Needle", length=T, loss=loss) for loss in STEPS[2:]}
     most = settings["needle_steps"]
     out: dict[str, Any] = {}
     for loss, many in runs.items():
@@ -297,14 +292,9 @@ def _needle(settings: Settings, records: list[Record], T: int) -> dict[str, Any]
 
 
 # ------------------------------------------------------------------------------------------------------------------- claims
-def show(x: dict[str, Any], form: str = ".3g") -> str:
-    """A number and its interval."""
-    return f"{x['value']:{form}} [{x['low']:{form}}, {x['high']:{form}}]"
-
-
 def claim_start(tree: dict[str, Any]) -> str:
     """How far each step is from q* before the first update."""
-    return ", ".join(f"{SHORT[s]} {show(tree[s]['start']['q_error'])}" for s in STEPS)
+    return ", ".join(f"{SHORT[s]} {said(tree[s]['start']['q_error'])}" for s in STEPS)
 
 
 def claim_updates(tree: dict[str, Any]) -> str:
@@ -312,7 +302,7 @@ def claim_updates(tree: dict[str, Any]) -> str:
 
     def one(s: str) -> str:
         u = tree[s]["updates"]
-        return f"{SHORT[s]} {show(u, '.0f')}" + (f" ({u['reached']} of {u['of']} there)" if u["reached"] < u["of"] else "")
+        return f"{SHORT[s]} {said(u, '.0f')}" + (f" ({u['reached']} of {u['of']} there)" if u["reached"] < u["of"] else "")
 
     return ", ".join(one(s) for s in STEPS)
 
@@ -325,13 +315,13 @@ def silent_claims(still: dict[str, Any], exact: float) -> list[Claim]:
     return [
         Claim(
             "Where nothing is paid the loss at the pretrained start is 0 with the shift, and not 0 for naive and easy.",
-            ", ".join(f"{SHORT[s]} {show(still[s]['start_loss'])}" for s in STEPS),
+            ", ".join(f"{SHORT[s]} {said(still[s]['start_loss'])}" for s in STEPS),
             min(lost) > 0.1 * 0.5**2 and max(zero) <= exact,
         ),
         Claim(
             "There naive starts off pi*, reading l_ref as a value, easy sampling leaves it and returns, the shifted stay.",
             "KL(pi* || pi) at first and at most: "
-            + ", ".join(f"{SHORT[s]} {still[s]['start']['kl']['value']:.2g}, {show(drift[s])}" for s in STEPS),
+            + ", ".join(f"{SHORT[s]} {still[s]['start']['kl']['value']:.2g}, {said(drift[s])}" for s in STEPS),
             still["naive"]["start"]["kl"]["low"] > 1e-3
             and still["easy"]["start"]["kl"]["high"] <= exact
             and drift["easy"]["low"] > 1e-3
@@ -346,7 +336,7 @@ def without_claim(tree: dict[str, Any]) -> Claim:
     seen, predicted = (naive["without_reference"][k] for k in ("seen", "predicted"))
     return Claim(
         "Naive logits sampled without the reference end off by KL(pi* || softmax(q*/beta)), as theory gives.",
-        f"measured {show(seen)}, predicted {show(predicted)} nats; with the reference {show(naive['end']['kl'])}",
+        f"measured {said(seen)}, predicted {said(predicted)} nats; with the reference {said(naive['end']['kl'])}",
         naive["beyond_bound"] <= 0 and seen["low"] > 10 * naive["end"]["kl"]["high"],
     )
 
@@ -375,7 +365,7 @@ def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
         *silent_claims(summary["silent"], EXACT),
         Claim(
             f"Dense rewards: ShiQ needs the fewest updates until the Q error stays below {settings['goal']:.0%} of the range.",
-            claim_updates(tree) + f"; one-step over ShiQ {show(tree[STEPS[2]]['updates_over_shiq'])}",
+            claim_updates(tree) + f"; one-step over ShiQ {said(tree[STEPS[2]]['updates_over_shiq'])}",
             all(tree[s]["updates_over_shiq"]["low"] > 1 for s in STEPS[:3]),
         ),
         Claim(
@@ -385,7 +375,7 @@ def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
         ),
         Claim(
             "Multi-step saves more on the longer strings than on the shortest: updates of one-step over those of ShiQ.",
-            ", ".join(f"T = {T}: {show(r)}" for T, r in zip(lengths, ratios, strict=True)),
+            ", ".join(f"T = {T}: {said(r)}" for T, r in zip(lengths, ratios, strict=True)),
             all(r["low"] > 1 for r in ratios) and ratios[-1]["low"] > ratios[0]["high"],
         ),
         without_claim(tree),
@@ -490,7 +480,7 @@ def summarise_tiny(settings: Settings, records: list[Record]) -> dict[str, Any]:
     """The same for the network."""
     out: dict[str, Any] = {}
     for world in ("Tree", "silent", "Needle"):
-        found = [r.numbers for r in of(records, world=world)]
+        found = numbers_of(records, world=world)
         steps = settings["silent_steps" if world == "silent" else "steps"]
         out[world] = of_world({loss: [x[loss] for x in found] for loss in STEPS}, steps)
         gaps = [abs(x[loss]["formula_error"] - x[loss]["q_error"][0]) for x in found for loss in STEPS]
@@ -517,12 +507,12 @@ def claims_tiny(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
         *silent_claims(summary["silent"], EXACT),
         Claim(
             f"All four train the network to the same q*, within {settings['goal']:.0%} of its range at every prefix and token.",
-            claim_updates(tree) + " updates; at the end " + ", ".join(f"{SHORT[s]} {show(end[s], '.2g')}" for s in STEPS),
+            claim_updates(tree) + " updates; at the end " + ", ".join(f"{SHORT[s]} {said(end[s], '.2g')}" for s in STEPS),
             all(end[s]["high"] <= settings["goal"] for s in STEPS),
         ),
         Claim(
             "Dense rewards: ShiQ needs fewer updates than its one-step twin.",
-            f"one step over ShiQ, paired: {show(tree[STEPS[2]]['updates_over_shiq'])}",
+            f"one step over ShiQ, paired: {said(tree[STEPS[2]]['updates_over_shiq'])}",
             tree[STEPS[2]]["updates_over_shiq"]["low"] > 1,
         ),
         without_claim(tree),

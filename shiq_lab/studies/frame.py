@@ -50,6 +50,11 @@ class Record:
     numbers: dict[str, Any]
 
 
+def numbers_of(records: list[Record], **wanted: Any) -> list[dict[str, Any]]:
+    """The numbers of all records whose case has these values, seed by seed."""
+    return [r.numbers for r in records if all(r.case.get(key) == value for key, value in wanted.items())]
+
+
 @dataclass(frozen=True)
 class Study:
     """An experiment.

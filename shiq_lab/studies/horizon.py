@@ -39,7 +39,7 @@ from shiq_lab.plotting import COLORS, GREY, MARKERS, figure, style
 from shiq_lab.policies import on_path, uniform_policy
 from shiq_lab.population import Population
 from shiq_lab.studies.frame import Case, Claim, Record, Result, Settings, Study
-from shiq_lab.studies.statistics import interval
+from shiq_lab.studies.statistics import interval, said
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -306,9 +306,6 @@ def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
         curve = curves[f"{environment}, {data}, {loss}, plain"][which]
         return {key: curve[key][-1] for key in ("value", "low", "high")}
 
-    def says(x: dict[str, float]) -> str:
-        return f"{x['value']:.3g} [{x['low']:.3g}, {x['high']:.3g}]"
-
     plain = [key for key in growth if key.endswith("plain")]
     lines = {key: growth[key] for key in growth if key.startswith("Needle, uniform")}
     powers = {key: growth[key] for key in plain if "on path" in key}
@@ -318,8 +315,8 @@ def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
             "On data near the path the cost is a power of T; under uniform data Needle's is an exponential, by at least the "
             "factor 2 a token, and larger steps for rare entries do not cure it.",
             "; ".join(
-                [f"{key}: power {says(g['power'])}" for key, g in powers.items()]
-                + [f"{key}: rate {says(g['rate'])}" for key, g in lines.items()]
+                [f"{key}: power {said(g['power'])}" for key, g in powers.items()]
+                + [f"{key}: rate {said(g['rate'])}" for key, g in lines.items()]
             ),
             all(g["misfit"][0] < g["misfit"][1] for g in powers.values())
             and all(g["misfit"][1] < g["misfit"][0] and g["rate"]["low"] >= np.log(2) for g in lines.values()),
@@ -329,7 +326,7 @@ def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
     out.append(
         Claim(
             f"On Chain, multi-step needs fewer updates than one-step at every goal (T = {T}).",
-            f"to {settings['goals'][-1]:g}: one-step {says(chain[0])}, ShiQ {says(chain[1])}",
+            f"to {settings['goals'][-1]:g}: one-step {said(chain[0])}, ShiQ {said(chain[1])}",
             chain[1]["high"] < chain[0]["low"],
         )
     )
@@ -337,7 +334,7 @@ def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
     out.append(
         Claim(
             f"On Needle multi-step brings the error to {settings['goals'][0]:g} first (T = {T}): the reward travels at once.",
-            f"one-step {says(soon[0])}, ShiQ {says(soon[1])}",
+            f"one-step {said(soon[0])}, ShiQ {said(soon[1])}",
             soon[1]["high"] < soon[0]["low"],
         )
     )

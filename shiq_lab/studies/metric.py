@@ -37,7 +37,7 @@ from shiq_lab.stats import TokenStats
 from shiq_lab.studies.frame import Case, Claim, Record, Result, Settings, Study
 from shiq_lab.studies.horizon import Descent, Quadratic
 from shiq_lab.studies.horizon import world as long_world
-from shiq_lab.studies.statistics import interval
+from shiq_lab.studies.statistics import interval, said
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -234,10 +234,6 @@ def _curve(x: Any) -> dict[str, Any]:
     return {key: np.exp(getattr(found, key)) for key in ("value", "low", "high")}
 
 
-def _says(x: dict[str, float]) -> str:
-    return f"{x['value']:.3g} [{x['low']:.3g}, {x['high']:.3g}]"
-
-
 def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
     """What the figure shows, each with its numbers."""
     lines = summary["lines"]
@@ -261,14 +257,12 @@ def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
         ),
         Claim(
             "On short rows ShiQ is better conditioned than one-step in every world under every behaviour.",
-            "; ".join(f"{key}: {_says(x[ratio])} times" for key, x in short.items()),
+            "; ".join(f"{key}: {said(x[ratio])} times" for key, x in short.items()),
             all(x[ratio]["low"] > 1 for x in short.values()),
         ),
         Claim(
             "ShiQ is not the best of the family everywhere: in some worlds a lambda below 1 is, by little on short rows.",
-            "; ".join(
-                f"{key}: lambda {_says(x['condition: best lambda'])}, {_says(x[over])} times" for key, x in inside.items()
-            ),
+            "; ".join(f"{key}: lambda {said(x['condition: best lambda'])}, {said(x[over])} times" for key, x in inside.items()),
             bool(inside) and all(x[over]["value"] <= 2.5 for x in short.values()),
         ),
         *_long(settings, needle),
@@ -280,11 +274,11 @@ def _long(settings: Settings, needle: dict[str, Any]) -> list[Claim]:
     parts = [f"condition: {name} over best" for name in ("one-step", "ShiQ")]
     counts = [f"updates: {name} over best" for name in ("one-step", "ShiQ")]
     best = needle["condition: best lambda"]
-    says = [f"{key} {_says(needle[key])}" for key in (*parts, *counts)]
+    says = [f"{key} {said(needle[key])}" for key in (*parts, *counts)]
     return [
         Claim(
             f"On a long needle (T = {settings['long']}, near the path) the best lambda lies well inside and beats both ends.",
-            f"lambda {_says(best)}; " + "; ".join(says),
+            f"lambda {said(best)}; " + "; ".join(says),
             best["high"] < 1 and best["low"] > 0 and all(needle[key]["low"] > 1.2 for key in (*parts, *counts)),
         )
     ]

@@ -37,7 +37,7 @@ from shiq_lab.plotting import COLORS, GREY, MARKERS, PALETTE, figure, style
 from shiq_lab.policies import softmax_policy, uniform_policy
 from shiq_lab.population import Population
 from shiq_lab.studies.frame import Case, Claim, Record, Result, Settings, Study
-from shiq_lab.studies.statistics import interval
+from shiq_lab.studies.statistics import interval, said
 from shiq_lab.tiny import pretrain, train_tiny
 from shiq_lab.training import measure as compare
 from shiq_lab.training import train, train_on_rows
@@ -388,10 +388,6 @@ def summarise(settings: Settings, records: list[Record]) -> dict[str, Any]:
     return out
 
 
-def _says(x: dict[str, Any]) -> str:
-    return f"{x['value']:.2g} [{x['low']:.2g}, {x['high']:.2g}]"
-
-
 def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
     """What the figure shows, each with its numbers."""
     lines, worst = summary["lines"], summary["worst"]
@@ -402,14 +398,14 @@ def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
     return [
         Claim(
             "Random tools bias ShiQ off-policy, by exactly what F9 predicts; not on pi*'s own data, and certain tools never.",
-            f"largest gradient at l*, RandomTool: uniform {_says(off['bias']['ShiQ'])}, own data "
+            f"largest gradient at l*, RandomTool: uniform {said(off['bias']['ShiQ'])}, own data "
             f"{own['stationary']['ShiQ']:.1e}; predicted within {worst['bias']:.1e}",
             off["bias"]["ShiQ"]["low"] > 1e-3 and own["stationary"]["ShiQ"] <= 1e-13 and worst["bias"] <= 1e-13
             and all(x["stationary"]["ShiQ"] <= 1e-13 for x in sure),
         ),
         Claim(
             "So ShiQ settles elsewhere; both repairs reach q* from l_ref, on uniform data and on pi*'s own.",
-            f"max Q error, RandomTool, uniform: ShiQ {_says(off['q_error']['ShiQ'])}; repairs anywhere {max(repaired):.1e}",
+            f"max Q error, RandomTool, uniform: ShiQ {said(off['q_error']['ShiQ'])}; repairs anywhere {max(repaired):.1e}",
             off["q_error"]["ShiQ"]["low"] > 0.05
             and max(repaired) <= 1e-8
             and all(x["q_error"]["ShiQ"]["high"] <= 1e-8 for x in sure),
@@ -418,7 +414,7 @@ def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
             "Stationary is not minimal: on pi*'s own data, where ShiQ's gradient is 0 at l*, l* can be a saddle, and training "
             "from l_ref then ends elsewhere, at a lower loss.",
             f"lower by more than 1e-6 of it, and curved downwards at l* towards there, in {len(lower)} of "
-            f"{len(own['minimum'])} seeds; max Q error where it settles {_says(own['q_error']['ShiQ'])}",
+            f"{len(own['minimum'])} seeds; max Q error where it settles {said(own['q_error']['ShiQ'])}",
             len(lower) > 0,
         ),
         Claim(
@@ -457,7 +453,7 @@ def _more(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
         ),
         Claim(
             f"More rows help the repairs, not ShiQ: KL(pi* || pi) at {settings['samples'][-1]} uniform rows of RandomTool.",
-            "; ".join(f"{form} {_says(x)}" for form, x in end.items()),
+            "; ".join(f"{form} {said(x)}" for form, x in end.items()),
             end["ShiQ"]["low"] > 3 * max(end[form]["high"] for form in ("semi-gradient", "turn-cut"))
             and all(off["samples"][f]["high"][-1] < off["samples"][f]["low"][0] for f in ("semi-gradient", "turn-cut")),
         ),
@@ -570,12 +566,12 @@ def tiny_claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
     return [
         Claim(
             "A network trained by ShiQ on uniform rows of a random tool misses q*; by either repair it comes near, everywhere.",
-            "max Q error over the range of q*: " + "; ".join(f"{form} {_says(x)}" for form, x in end.items()),
+            "max Q error over the range of q*: " + "; ".join(f"{form} {said(x)}" for form, x in end.items()),
             all(end[form]["high"] <= settings["near"] for form in repairs) and end["ShiQ"]["low"] > 2 * settings["near"],
         ),
         Claim(
             "And so it does by policy: the repairs' KL(pi* || pi) is below ShiQ's by more than a factor 5.",
-            "; ".join(f"{form} {_says(x)}" for form, x in kl.items()),
+            "; ".join(f"{form} {said(x)}" for form, x in kl.items()),
             all(5 * kl[form]["high"] < kl["ShiQ"]["low"] for form in repairs),
         ),
         Claim(

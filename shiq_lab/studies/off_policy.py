@@ -34,8 +34,8 @@ from shiq_lab.losses.residuals import actions_of
 from shiq_lab.objectives import World, fields, lookup, spoken
 from shiq_lab.plotting import GREY, PALETTE, figure, style
 from shiq_lab.policies import mixture, softmax_policy, uniform_policy
-from shiq_lab.studies.frame import Case, Claim, Record, Result, Settings, Study
-from shiq_lab.studies.statistics import interval
+from shiq_lab.studies.frame import Case, Claim, Record, Result, Settings, Study, numbers_of
+from shiq_lab.studies.statistics import interval, said
 from shiq_lab.tiny import pretrain, train_tiny
 
 if TYPE_CHECKING:
@@ -250,11 +250,6 @@ def listing(world: World, name: str) -> dict[str, float]:
 
 
 # --------------------------------------------------------------------------------------------------------------- summing up
-def of(records: list[Record], **wanted: Any) -> list[dict[str, Any]]:
-    """The numbers of cases with these values."""
-    return [r.numbers for r in records if all(r.case.get(k) == v for k, v in wanted.items())]
-
-
 def run_of(many: list[dict[str, Any]]) -> dict[str, Any]:
     """A curve with its interval, and its ends."""
     out: dict[str, Any] = {"at": many[0]["at"], "kl": vars(interval([x["kl"] for x in many]))}
@@ -276,14 +271,14 @@ def run_of(many: list[dict[str, Any]]) -> dict[str, Any]:
 
 def summarise(settings: Settings, records: list[Record]) -> dict[str, Any]:
     """What the figure and the claims need, with intervals over the seeds."""
-    out: dict[str, Any] = {"own": run_of(of(records, behavior="own"))}
-    far, near = ([x["kl"][-1] for x in of(records, behavior=b, loss=WEIGHTED)] for b in ("adversarial", "reference"))
+    out: dict[str, Any] = {"own": run_of(numbers_of(records, behavior="own"))}
+    far, near = ([x["kl"][-1] for x in numbers_of(records, behavior=b, loss=WEIGHTED)] for b in ("adversarial", "reference"))
     out["farther"] = vars(interval([a / b for a, b in zip(far, near, strict=True)]))
     for b in BEHAVIORS:
-        out[b] = {loss: run_of(of(records, behavior=b, loss=loss)) for loss in LOSSES}
-        many = of(records, behavior=b, loss="ShiQ")
+        out[b] = {loss: run_of(numbers_of(records, behavior=b, loss=loss)) for loss in LOSSES}
+        many = numbers_of(records, behavior=b, loss="ShiQ")
         out[b]["coverage"] = {k: vars(interval([x[k] for x in many])) for k in ("strings", "mass", "tokens", "prefixes")}
-        limits = of(records, behavior=b, loss="listing")
+        limits = numbers_of(records, behavior=b, loss="listing")
         out[b]["listing"] = {k: vars(interval([x[k] for x in limits])) for k in limits[0]}
         for name, most in (("weighted_gap", max), ("formula_gap", max), ("shiq_at_best", max), ("plain_at_best", min)):
             out[b]["listing"][f"{most.__name__}_{name}"] = most(x[name] for x in limits)
@@ -291,11 +286,6 @@ def summarise(settings: Settings, records: list[Record]) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------------------------- claims
-def show(x: dict[str, Any], form: str = ".2g") -> str:
-    """A number and its interval."""
-    return f"{x['value']:{form}} [{x['low']:{form}}, {x['high']:{form}}]"
-
-
 def each(text: Any) -> str:
     """One phrase a behaviour."""
     return "; ".join(f"{b} {text(b)}" for b in BEHAVIORS)
@@ -309,7 +299,7 @@ def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
     def shiq(b: str) -> str:
         c, run = s[b]["coverage"], s[b]["ShiQ"]
         return (
-            f"{show(run['end'])} nats ({c['strings']['value']:.1%} of the strings seen; all of them in {run['covered']} seeds)"
+            f"{said(run['end'])} nats ({c['strings']['value']:.1%} of the strings seen; all of them in {run['covered']} seeds)"
         )
 
     done = [s[b]["ShiQ"]["worst_covered"] for b in BEHAVIORS]
@@ -324,13 +314,13 @@ def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
         ),
         Claim(
             "REINFORCE without weights settles elsewhere, off by a KL that the data predict.",
-            each(lambda b: f"{show(s[b][PLAIN]['settled'])}, predicted {show(s[b][PLAIN]['predicted'])}"),
+            each(lambda b: f"{said(s[b][PLAIN]['settled'])}, predicted {said(s[b][PLAIN]['predicted'])}"),
             min(x["settled"]["low"] for x in plain) > goal and all(x["prediction_gap"]["high"] <= 0.1 for x in plain),
         ),
         Claim(
             "At pi* its expected gradient is v* sum occ_mu (mu - pi*), not 0; ShiQ's is 0.",
             f"gap between the two roads {max(x['max_formula_gap'] for x in limit.values()):.0e}; "
-            + each(lambda b: f"{show(limit[b]['plain_at_best'])}, ShiQ {limit[b]['max_shiq_at_best']:.0e}"),
+            + each(lambda b: f"{said(limit[b]['plain_at_best'])}, ShiQ {limit[b]['max_shiq_at_best']:.0e}"),
             all(
                 x["max_formula_gap"] <= EXACT and x["max_shiq_at_best"] <= EXACT and x["min_plain_at_best"] > 1e-3
                 for x in limit.values()
@@ -343,21 +333,21 @@ def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
         ),
         Claim(
             f"On {settings['rows']:,} rows it settles off pi* by the noise of their frequencies, as predicted; ShiQ does not.",
-            each(lambda b: f"{show(s[b][WEIGHTED]['end'])} nats, ShiQ {show(s[b]['ShiQ']['end'])}")
+            each(lambda b: f"{said(s[b][WEIGHTED]['end'])} nats, ShiQ {said(s[b]['ShiQ']['end'])}")
             + f"; predicted to {max(x['prediction_gap']['value'] for x in predicted):.1%} where all strings occur",
             all(s[b][WEIGHTED]["end"]["low"] > s[b]["ShiQ"]["end"]["high"] for b in BEHAVIORS),
         ),
         Claim(
             "The fewer rows count at pi*, the farther off; their effective share falls as the policy leaves the data.",
             each(lambda b: f"{limit[b]['effective_start']['value']:.2g} at the reference, {shares[b]:.2g} at pi*")
-            + f"; KL from adversarial over KL from reference data, paired: {show(s['farther'])}",
+            + f"; KL from adversarial over KL from reference data, paired: {said(s['farther'])}",
             s["farther"]["low"] > 1
             and all(limit[b]["effective_best"]["high"] < limit[b]["effective_start"]["low"] for b in BEHAVIORS)
             and min(shares, key=lambda b: shares[b]) == "adversarial",
         ),
         Claim(
             "What plain REINFORCE lacks off-policy is a baseline: RLOO, unweighted, reaches pi* as well.",
-            each(lambda b: show(s[b]["RLOO"]["end"])),
+            each(lambda b: said(s[b]["RLOO"]["end"])),
             all(s[b]["RLOO"]["worst_covered"] is not None and s[b]["RLOO"]["worst_covered"] <= goal for b in BEHAVIORS)
             and all(limit[b]["rloo_at_best"]["high"] <= EXACT for b in BEHAVIORS),
         ),
@@ -509,7 +499,7 @@ def claims_tiny(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
     away, near = s["unvisited"], s["visited"]
 
     def seen(b: str) -> str:
-        return f"{show(shiq[b]['end'])} nats ({shiq[b]['coverage']['strings']['value']:.1%} of the strings seen)"
+        return f"{said(shiq[b]['end'])} nats ({shiq[b]['coverage']['strings']['value']:.1%} of the strings seen)"
 
     return [
         Claim(
@@ -519,24 +509,24 @@ def claims_tiny(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
         ),
         Claim(
             "REINFORCE without weights settles elsewhere on the same rows.",
-            "; ".join(f"{b} {show(plain[b]['end'])} nats against {show(shiq[b]['end'])}" for b in TINY_GRADIENTS),
+            "; ".join(f"{b} {said(plain[b]['end'])} nats against {said(shiq[b]['end'])}" for b in TINY_GRADIENTS),
             all(plain[b]["end"]["low"] > max(goal, shiq[b]["end"]["high"]) for b in TINY_GRADIENTS),
         ),
         Claim(
             "With importance weights it comes closer than without; on adversarial data the weights' noise keeps it off.",
             "; ".join(
-                f"{b} {show(weighted[b]['end'])} nats, effective share of the rows {weighted[b]['effective']['value'][1]:.2g}"
+                f"{b} {said(weighted[b]['end'])} nats, effective share of the rows {weighted[b]['effective']['value'][1]:.2g}"
                 for b in TINY_GRADIENTS
             )
-            + f"; on-policy {show(s['own']['end'])}",
+            + f"; on-policy {said(s['own']['end'])}",
             weighted["adversarial"]["end"]["low"] > s["own"]["end"]["high"]
             and weighted["reference"]["end"]["high"] < plain["reference"]["end"]["low"],
         ),
         Claim(
             f"At prefixes that none of {settings['few']} uniform rows shows, where a table stays at the reference, the network"
             " moves, and away from pi* (rewards of different prefixes have nothing in common).",
-            f"mean KL there {show(away['before'])} before, {show(away['after'])} after, over {away['n']} prefixes; at visited"
-            f" ones {show(near['before'])} and {show(near['after'])}",
+            f"mean KL there {said(away['before'])} before, {said(away['after'])} after, over {away['n']} prefixes; at visited"
+            f" ones {said(near['before'])} and {said(near['after'])}",
             away["ratio"]["low"] > 1,
         ),
     ]

@@ -1,7 +1,8 @@
 """What is said of many seeds: the interquartile mean and its bootstrap interval (Agarwal et al. 2021, arXiv 2108.13264)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -52,3 +53,8 @@ def interval(
     low, high = np.quantile(many, [(1 - level) / 2, (1 + level) / 2], axis=0)
     value, low, high = (np.asarray(part).tolist() for part in (statistic(values, axis=0), low, high))
     return Interval(value, low, high, n)
+
+
+def said(x: Mapping[str, Any], form: str = ".3g") -> str:
+    """A number and its interval, as claims tell them: "0.17 [0.09, 0.38]"; x has `value`, `low` and `high`."""
+    return f"{x['value']:{form}} [{x['low']:{form}}, {x['high']:{form}}]"
