@@ -8,7 +8,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -311,7 +312,8 @@ def _tiny(env: list[str], figure: Path | None, json_: bool) -> bool:
             hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(SIZES)}."
             raise bad("--env", "a deterministic environment", repr(name), hint)
     study = replace(TINY, settings={**TINY.settings, "environments": env or None})
-    result = run(study, jobs=os.cpu_count() or 1)
+    with _resumable():
+        result = run(study, jobs=os.cpu_count() or 1)
     if figure is not None:
         plotting.save(TINY.draw(result), figure)
     if json_:
@@ -330,9 +332,9 @@ def _tiny(env: list[str], figure: Path | None, json_: bool) -> bool:
     return result.passed
 
 
-def _print_claims(result: Any) -> None:
+def _print_claims(result: Any, judged: bool = True) -> None:
     for claim in result.claims:
-        mark = "[green]holds[/green]" if claim.holds else "[red]FAILS[/red]"
+        mark = "[green]holds[/green]" if claim.holds else "[red]FAILS[/red]" if judged else "[yellow]not here[/yellow]"
         out.print(f"  {mark}  {escape(claim.text)}  [dim]{escape(claim.measured)}[/dim]", highlight=False)
 
 
@@ -526,9 +528,7 @@ def check_losses(
 
 @app.command("study")
 def run_study(
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME...", help="Studies; without a name they are listed.")
-    ] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Studies; without a name they are listed.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds, 0, 1, ...; default: the study's own.")] = None,
     fast: Annotated[bool, typer.Option("--fast", help="A quick look: fewer cases and seeds.")] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core. Changes no number.")] = None,
@@ -551,24 +551,51 @@ def run_study(
             view.add_row(study.name, escape(study.question))
         return out.print(view)
     chosen, found = [lookup(name) for name in names], []
+    _folder(folder)
     for study in chosen:
-        result = run(study, seeds=seeds, fast=fast, jobs=jobs or os.cpu_count() or 1, cache=None if fresh else CACHE)
+        with _resumable():
+            result = run(study, seeds=seeds, fast=fast, jobs=jobs or os.cpu_count() or 1, cache=CACHE, fresh=fresh)
         found.append(result)
         if folder is not None:
             gallery.keep(result, folder)
         if not json_:
             out.print(f"[bold]{escape(study.title)}[/bold]  ({study.name}, {result.settings['seeds']} seeds)")
-            _print_claims(result)
+            _print_claims(result, judged=not fast)
     if json_:
         _json([r.to_json() for r in found] if len(found) > 1 else found[0].to_json())
-    raise typer.Exit(0 if all(r.passed for r in found) else 1)
+    elif fast:
+        out.print("a quick look: what is claimed is claimed of the full settings", style="dim")
+    raise typer.Exit(0 if fast or all(r.passed for r in found) else 1)
+
+
+def _folder(folder: Path | None) -> None:
+    """A ValueError, before anything is measured, for a place where no files can be written."""
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise bad("--out", "a folder to write to", f"{str(folder)!r} ({error.strerror})") from None
+    if not os.access(folder, os.W_OK):
+        raise bad("--out", "a folder to write to", f"{str(folder)!r}, which is read-only")
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Ctrl-C ends a study with one line and exit code 130; what was measured is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print("[yellow]interrupted[/yellow]: what was measured is kept, the same command goes on from there")
+        raise typer.Exit(130) from None
 
 
 @app.command("figures")
 def make_figures(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="Only these figures.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these figures.")] = None,
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where they go.")] = Path("figures"),
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is kept in .shiq_lab/studies.")] = False,
     redraw: Annotated[
         bool, typer.Option("--redraw", help="Draw the studies from their numbers in DIR, measure nothing.")
     ] = False,
@@ -578,16 +605,17 @@ def make_figures(
     from shiq_lab.progress import progress
     from shiq_lab.studies.frame import CACHE
 
-    fine = True
-    for name in progress(gallery.choose(names or []), "figures"):
-        result = gallery.make(name, folder, jobs=jobs or os.cpu_count() or 1, cache=CACHE, redraw=redraw)
-        fine &= result is None or result.passed
-        out.print(
-            f"{name}: {folder / name}.png, .svg, .json" + ("" if result is None or result.passed else "  [red]FAILS[/red]")
-        )
-    page = folder.resolve().parent / "docs" / "studies.md"
-    if page.parent.is_dir():
-        out.print(f"page: {gallery.write_page(folder, page)}", style="dim")
+    fine, chosen = True, gallery.choose(names or [])
+    _folder(folder)
+    for name in progress(chosen, "figures"):
+        with _resumable():
+            running: dict[str, Any] = {"jobs": jobs or os.cpu_count() or 1, "cache": CACHE, "fresh": fresh}
+            result = gallery.make(name, folder, redraw=redraw, **running)
+        good = result is None or result.passed
+        fine &= good
+        out.print(f"{name}: {folder / name}.png, .svg, .json" + ("" if good else "  [red]FAILS[/red]"))
+    if page := gallery.write_page(folder):
+        out.print(f"page: {page}", style="dim")
     raise typer.Exit(0 if fine else 1)
 
 

@@ -1,7 +1,6 @@
 """Every committed figure, and the numbers beside it: a line each. `shiq-lab figures` makes them again."""
 
 import difflib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -76,13 +75,14 @@ def choose(names: list[str]) -> list[str]:
     return list(dict.fromkeys(names)) or list(NAMES)
 
 
-def make(name: str, folder: Path, *, jobs: int = 1, cache: Path | None = None, redraw: bool = False) -> Result | None:
+def make(name: str, folder: Path, *, redraw: bool = False, **running: Any) -> Result | None:
     """Draw one figure and write NAME.png, NAME.svg and NAME.json; the result of a study is returned.
 
-    redraw: a study is not measured again, its numbers in the folder are summed up and drawn anew.
+    redraw: a study is not measured again, its numbers in the folder are summed up and drawn anew. running: jobs, cache, fresh
+    of studies.frame.run.
     """
     if name in STUDIES:
-        result = again(name, folder) if redraw else run(STUDIES[name], jobs=jobs, cache=cache)
+        result = again(name, folder) if redraw else run(STUDIES[name], **running)
         keep(result, folder)
         return result
     if name == "selftest":
@@ -99,7 +99,7 @@ def again(name: str, folder: Path) -> Result:
     path, study = folder / f"{name}.json", STUDIES[name]
     if not path.is_file():
         raise bad("--redraw", f"{path}, an earlier result", "no such file", f"Run `shiq-lab figures {name}`.")
-    old = Result.from_json(json.loads(path.read_text(encoding="utf-8")))
+    old = Result.read(path)
     summary = study.summarise(old.settings, old.records)
     return replace(
         old, title=study.title, question=study.question, summary=_plain(summary), claims=study.claims(old.settings, summary)
@@ -119,10 +119,16 @@ def _write(name: str, folder: Path, drawn: "Figure", numbers: dict[str, Any]) ->
 def results(folder: Path) -> list[Result]:
     """The studies' results that lie in a folder, in the order of the table."""
     paths = [folder / f"{name}.json" for name in STUDIES]
-    return [Result.from_json(json.loads(path.read_text(encoding="utf-8"))) for path in paths if path.is_file()]
+    return [Result.read(path) for path in paths if path.is_file()]
 
 
-def write_page(folder: Path, path: Path) -> Path:
-    """docs/studies.md from the results in a folder."""
-    path.write_text(page.markdown(results(folder)), encoding="utf-8")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_page(folder: Path) -> Path | None:
+    """docs/studies.md of this clone, where all studies lie in its own figures/; elsewhere nothing is written."""
+    found, path = results(folder), ROOT / "docs" / "studies.md"
+    if folder.resolve() != ROOT / "figures" or not path.parent.is_dir() or len(found) < len(STUDIES):
+        return None
+    path.write_text(page.markdown(found), encoding="utf-8")
     return path

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shiq_lab.batch import TokenBatch, unique
-from shiq_lab.errors import at_least, bad, is_real
+from shiq_lab.errors import at_least, bad, check_beta, check_gamma, is_real, is_whole
 from shiq_lab.graph import Floats
 from shiq_lab.mdp import TokenMDP
 from shiq_lab.objectives import Point, Subject, World, lookup, spoken
@@ -28,7 +28,7 @@ Schedule = Literal["cosine", "constant"]
 
 def world_of(mdp: TokenMDP, beta: float, gamma: float = 1.0) -> World:
     """An automaton (unrolled, where it has a horizon) as what losses are asked about."""
-    return World(mdp.name, "", gamma, stationary(mdp), beta)
+    return World(mdp.name, "", check_gamma(gamma), stationary(mdp), check_beta(beta))
 
 
 def rows_of(world: World, behavior: Floats, n: int | None = None, *, seed: int = 0) -> TokenBatch:
@@ -36,6 +36,7 @@ def rows_of(world: World, behavior: Floats, n: int | None = None, *, seed: int =
 
     Weights sum to 1. Sampled rows are what a data set would hold; the listing is its limit for n to infinity.
     """
+    _check_world(world)
     table = check_log_policy(world.mdp, behavior, "behavior")
     if n is None:
         chance = torch.exp(spoken(world.mdp, world.rows, torch.tensor(table), policy=True))
@@ -107,6 +108,10 @@ def descend(
     if not is_real(learning_rate) or not 0 < learning_rate < np.inf:
         raise bad("learning_rate", "a finite number > 0", repr(learning_rate))
     steps = at_least("steps", steps, 1)
+    _check_world(world)
+    _check_rows(world, rows)
+    if record_at is not None and not all(is_whole(mark) and 0 <= mark <= steps for mark in record_at):
+        raise bad("record_at", f"whole numbers from 0 to {steps}", repr(record_at))
     if model is None:
         model = own_table = Table(world.mdp)
         parameters = own_table.parameters()
@@ -137,6 +142,25 @@ def descend(
         stepper.step()
         step_size.step()
     return Trace(at, losses, metrics, table.detach().double().numpy())
+
+
+def _check_world(world: object) -> None:
+    if not isinstance(world, World):
+        raise bad("world", "a World", repr(world)[:80], "learning.world_of(mdp, beta, gamma) makes one.")
+
+
+def _check_rows(world: World, rows: object) -> None:
+    """Rows must know their states, and these must be the world's own."""
+    if rows is None:
+        return
+    if not isinstance(rows, TokenBatch):
+        raise bad("rows", "a TokenBatch, or None for the policy's own", type(rows).__name__, "learning.rows_of makes one.")
+    acted = rows.completion_mask[:, 1:] == 1
+    state, token = rows.known_states()[:, :-1][acted].numpy(), rows.input_ids[:, 1:][acted].numpy()
+    mdp = world.mdp
+    inside = (state >= 0) & (state < mdp.n_states) & (token >= 0) & (token < mdp.n_tokens)
+    if not inside.all() or not (mdp.allowed & mdp.is_policy[:, None])[state, token].all():
+        raise bad("rows", "rows of this world", "rows of another automaton", "Draw them with rows_of(world, behavior).")
 
 
 def _marks(steps: int) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shiq_lab.batch import TokenBatch
-from shiq_lab.errors import at_least
+from shiq_lab.errors import at_least, bad, check_beta, check_gamma
 from shiq_lab.graph import Floats
 from shiq_lab.learning import Schedule, Trace, descend, world_of
 from shiq_lab.mdp import TokenMDP
@@ -56,6 +56,7 @@ def pretrain(
     Everything comes from the seed. Raises ValueError where the environment has more than max_states prefixes.
     """
     steps, rows = at_least("steps", steps, 1), at_least("rows", rows, 1)
+    check_beta(beta), check_gamma(gamma)
     prefixes = Prefixes.of(mdp, max_states)
     model = TinyTransformer(mdp.n_tokens, width=width, layers=layers, heads=heads, tied=tied, seed=seed)
     data = sample(prefixes.tree, prefixes.tree.ref_log_policy, rows, rng=seed)
@@ -91,6 +92,8 @@ def train_tiny(
 
     Values that a loss learns beside the network are a table, at ten times the rate.
     """
+    if not isinstance(start, Pretrained):
+        raise bad("start", "a Pretrained", repr(start)[:80], "tiny.pretrain(mdp, beta=...) makes one.")
     model = deepcopy(start.reference).requires_grad_(True)
 
     def table() -> Tensor:

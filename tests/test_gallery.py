@@ -20,7 +20,7 @@ every_study = pytest.mark.parametrize("name", STUDIES)
 
 
 def committed(name: str) -> Result:
-    return Result.from_json(json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8")))
+    return Result.read(FIGURES / f"{name}.json")
 
 
 def test_nothing_is_missing_and_nothing_is_left_over() -> None:
@@ -118,7 +118,7 @@ def test_a_study_from_the_command_line(
 ) -> None:
     assert call(monkeypatch, "study", "tiny", "--out", "out") == 0
     said = capsys.readouterr().out
-    assert TINY.title in said and said.count("holds") == 4
+    assert TINY.title in said and said.count("holds") == 3
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"tiny.json", "tiny.png", "tiny.svg"}
     assert list((tmp_path / ".shiq_lab" / "studies" / "tiny").glob("*.json"))  # kept, so that the next call is quick
     assert call(monkeypatch, "study", "tiny", "--json") == 0
@@ -131,7 +131,20 @@ def test_a_claim_that_fails_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, caps
     strict: Any = lambda settings, summary: [replace(c, holds=False) for c in TINY.claims(settings, summary)]  # noqa: E731
     monkeypatch.setitem(table.STUDIES, "tiny", replace(table.STUDIES["tiny"], claims=strict))
     assert call(monkeypatch, "study", "tiny") == 1
-    assert capsys.readouterr().out.count("FAILS") == 4
+    assert capsys.readouterr().out.count("FAILS") == 3
+    assert call(monkeypatch, "study", "tiny", "--fast") == 0  # a quick look is not what is claimed
+    said = capsys.readouterr().out
+    assert said.count("not here") == 3 and "FAILS" not in said and "a quick look" in said
+
+
+@pytest.mark.usefixtures("toy")
+def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(table.STUDIES, "tiny", replace(table.STUDIES["tiny"], measure=interrupted))
+    assert call(monkeypatch, "study", "tiny") == 130
+    assert "what was measured is kept" in capsys.readouterr().err
 
 
 def test_studies_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,9 +159,14 @@ def test_figures_from_the_command_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
     assert call(monkeypatch, "figures", "tree") == 0
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {"tree.png", "tree.svg", "tree.json"}
     assert "tree.png" in capsys.readouterr().out
+    assert not list((tmp_path / "docs").iterdir())  # somebody else's
+    (tmp_path / "figures" / "tiny.json").write_text("[]", encoding="utf-8")
+    assert call(monkeypatch, "figures", "tiny", "--redraw") == 2
+    assert "tiny.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -156,6 +174,8 @@ def test_figures_from_the_command_line(
     [
         (["study", "tinny"], "NAME: expected a study, got 'tinny'. Did you mean 'tiny'?"),
         (["figures", "tre"], "NAME: expected a figure, got 'tre'. Did you mean 'tree'?"),
+        (["study", "tiny", "--out", __file__], "--out: expected a folder to write to, got"),
+        (["figures", "tiny", "--redraw", "--out", "nowhere"], "--redraw: expected nowhere/tiny.json, an earlier result, got"),
     ],
 )
 def test_bad_input(words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

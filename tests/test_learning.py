@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from shiq_lab import evaluate, make, solve
+from shiq_lab import enumerate_trajectories, evaluate, make, solve
 from shiq_lab.fixed_points import worlds
-from shiq_lab.learning import Table, Trace, descend, rows_of
+from shiq_lab.learning import Table, Trace, descend, rows_of, world_of
 from shiq_lab.objectives import World, fields, lookup, subjects
 from shiq_lab.policies import uniform_policy
 from shiq_lab.tiny import pretrain, train_tiny
@@ -187,6 +187,31 @@ def test_updates_to_a_goal_must_last() -> None:
             "parameters: expected the model's parameters, got None.",
         ),
         (lambda w, r: rows_of(w, uniform(w), 0), "n: expected a whole number >= 1, got 0."),
+        (
+            lambda w, r: rows_of(w.mdp, uniform(w)),
+            "world: expected a World, got <TokenMDP '': 12 states, 9 of the policy, 3 tokens>. "
+            "learning.world_of(mdp, beta, gamma) makes one.",
+        ),
+        (
+            lambda w, r: descend("ShiQ", w, 5, steps=1, learning_rate=0.1),
+            "rows: expected a TokenBatch, or None for the policy's own, got int. learning.rows_of makes one.",
+        ),
+        (
+            lambda w, r: descend("ShiQ", w, enumerate_trajectories(make("Bandit")), steps=1, learning_rate=0.1),
+            "rows: expected rows of this world, got rows of another automaton. Draw them with rows_of(world, behavior).",
+        ),
+        (
+            lambda w, r: descend("ShiQ", w, r, steps=9, learning_rate=0.1, record_at=[3, 10]),
+            "record_at: expected whole numbers from 0 to 9, got [3, 10].",
+        ),
+        (lambda w, r: world_of(make("Bandit"), 0.0), "beta: expected a finite number > 0, got 0.0."),
+        (lambda w, r: world_of(make("Bandit"), 1.0, 2.0), "gamma: expected a number in (0, 1], got 2.0."),
+        (lambda w, r: pretrain(make("Bandit"), beta=-1.0), "beta: expected a finite number > 0, got -1.0."),
+        (
+            lambda w, r: train_tiny(make("Bandit"), "ShiQ", r, steps=1),
+            "start: expected a Pretrained, got <TokenMDP 'Bandit': 2 states, 1 of the policy, 9 tokens>. "
+            "tiny.pretrain(mdp, beta=...) makes one.",
+        ),
     ],
 )
 def test_bad_input(call: Callable[..., object], message: str) -> None:

@@ -108,3 +108,11 @@ def test_what_the_studies_found_is_what_they_claim() -> None:
 def test_every_notebook_is_listed() -> None:
     listed = re.findall(r"\(notebooks/(\d\d_\w+\.ipynb)\)", README)
     assert listed == sorted(p.name for p in (ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/studies.md", "docs/fixed_points.md", "docs/planted_bugs.md"])
+def test_every_link_leads_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [x for x in re.findall(r"\]\(([^)\s]+)\)", text) if not x.startswith(("http", "#"))]
+    lost = [x for x in links if not ((ROOT / page).parent / x.partition("#")[0]).exists()]
+    assert not lost, lost

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from shiq_lab.plotting import figure
+from shiq_lab.studies import frame, tiny_truth
 from shiq_lab.studies.frame import Case, Claim, Record, Result, Settings, Study, run, write_json
 from shiq_lab.studies.statistics import interval, iqm
 
@@ -149,6 +150,67 @@ def test_nan_is_no_number() -> None:
 
     with pytest.raises(ValueError, match=re.escape("numbers: expected finite numbers (None for what is not there), got nan.")):
         run(replace(study(), measure=broken), cache=None)
+
+
+def test_fresh_measures_again_and_keeps(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    first = run(study(log=str(log)), cache=tmp_path / "kept")
+    again = run(study(log=str(log)), cache=tmp_path / "kept", fresh=True)
+    assert calls(log) == 12 and again == first
+    run(study(log=str(log)), cache=tmp_path / "kept")
+    assert calls(log) == 12
+
+
+def test_other_code_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key holds the study's own file and all of the package under it: a change in a loss makes what was kept void."""
+    seen = frame._code(tiny_truth.__file__)
+    assert seen == frame._code(tiny_truth.__file__)
+    loss = Path(frame.__file__).parent.parent / "losses" / "shiq.py"
+    real = Path.read_text
+    other = lambda self, **kw: real(self, **kw) + ("\n# other" if self == loss else "")  # noqa: E731
+    monkeypatch.setattr(Path, "read_text", other)
+    frame._code.cache_clear()
+    assert frame._code(tiny_truth.__file__) != seen
+    monkeypatch.undo()
+    frame._code.cache_clear()
+    log = tmp_path / "log"
+    run(study(log=str(log)), cache=tmp_path / "kept")
+    monkeypatch.setattr(frame, "_code", lambda path: "other code")
+    run(study(log=str(log)), cache=tmp_path / "kept")
+    assert calls(log) == 12
+
+
+INTERRUPTED = """
+import sys, torch
+sys.path.insert(0, {here!r})
+from test_study_frame import run, study
+if __name__ == "__main__":
+    run(study(seeds=40, log={log!r}, pause=0.1), cache={cache!r}, jobs=2)
+"""
+
+
+def test_an_interrupt_ends_all_processes(tmp_path: Path) -> None:
+    """Ctrl-C reaches the whole group; within seconds nobody works on."""
+    log, cache, script = tmp_path / "log", tmp_path / "kept", tmp_path / "script.py"
+    script.write_text(INTERRUPTED.format(here=str(HERE), log=str(log), cache=str(cache)), encoding="utf-8")
+    process = subprocess.Popen([sys.executable, str(script)], start_new_session=True, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while len(list(cache.glob("walk/*.json"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert b"KeyboardInterrupt" in said and process.returncode != 0
+    stopped = calls(log)
+    time.sleep(0.5)
+    assert calls(log) == stopped < 80
+
+
+@pytest.mark.parametrize(("text", "told"), [("{", "Expecting property name"), ('{"a": 1}', "something else ('records')")])
+def test_a_foreign_result_is_named(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "x.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"path: expected a file that .* wrote, got ") as error:
+        Result.read(tmp_path / "x.json")
+    assert "x.json" in str(error.value) and told in str(error.value)
 
 
 @pytest.mark.parametrize(("option", "name"), [({"seeds": 0}, "seeds"), ({"jobs": 0}, "jobs")])

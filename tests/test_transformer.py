@@ -152,6 +152,8 @@ def test_a_tied_head_is_the_embedding() -> None:
             lambda: TinyTransformer(3, width=12, heads=4),
             "width: expected a multiple of 2 * heads = 8, got 12. Rotary positions turn pairs of features.",
         ),
+        (lambda: TinyTransformer(3, tied="no"), "tied: expected True or False, got 'no'."),
+        (lambda: small()([[0, 1]]), "input_ids: expected a tensor of integers [B, L], got list."),
         (lambda: small()(torch.tensor([1, 2])), "input_ids: expected integers [B, L], got torch.int64, shape (2,)."),
         (
             lambda: small()(torch.tensor([[1, 2]]), torch.tensor([[1]])),

@@ -41,6 +41,8 @@ def walk(next_state: Tensor, start: int, input_ids: Tensor, real: Tensor, first:
 
 def real_tokens(input_ids: Tensor, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
     """bool[B, L]: what is no padding. Raises ValueError for inputs of a causal language model that do not fit together."""
+    if not isinstance(input_ids, Tensor):
+        raise bad("input_ids", "a tensor of integers [B, L]", type(input_ids).__name__)
     if input_ids.ndim != 2 or input_ids.is_floating_point():
         raise bad("input_ids", "integers [B, L]", f"{input_ids.dtype}, shape {tuple(input_ids.shape)}")
     for name, mask in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):

@@ -70,6 +70,8 @@ class TinyTransformer(nn.Module):
         super().__init__()
         n_tokens, width = at_least("n_tokens", n_tokens, 1), at_least("width", width, 2)
         layers, heads, seed = at_least("layers", layers, 1), at_least("heads", heads, 1), at_least("seed", seed, 0)
+        if not isinstance(tied, bool):
+            raise bad("tied", "True or False", repr(tied))
         if width % (2 * heads):
             raise bad(
                 "width", f"a multiple of 2 * heads = {2 * heads}", repr(width), "Rotary positions turn pairs of features."

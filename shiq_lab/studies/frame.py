@@ -5,16 +5,20 @@ measurement is a file named by the hash of all that it depends on; a study that 
 with the same numbers, since each measurement depends on nothing but its case, its seed and the settings.
 """
 
+import ast
 import hashlib
 import inspect
 import json
 import os
 import platform
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import version
-from multiprocessing import get_context
+from importlib.util import find_spec
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,19 +109,33 @@ class Result:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Result":
-        """The result that `to_json` wrote."""
-        parts = {key: value for key, value in data.items() if key != "passed"}
-        parts["records"] = [Record(**r) for r in parts["records"]]
-        parts["claims"] = [Claim(**c) for c in parts["claims"]]
-        return cls(**parts)
+        """The result that `to_json` wrote. Raises ValueError for anything else."""
+        try:
+            parts = {key: value for key, value in data.items() if key != "passed"}
+            parts["records"] = [Record(**r) for r in parts["records"]]
+            parts["claims"] = [Claim(**c) for c in parts["claims"]]
+            return cls(**parts)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise bad("data", "a result that Result.to_json made", f"something else ({error})") from error
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> "Result":
+        """The result in a file. Raises ValueError, naming it, for a damaged or foreign one; OSError where there is none."""
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            return cls.from_json(json.loads(text))
+        except ValueError as error:
+            raise bad("path", "a file that `shiq-lab study` or `shiq-lab figures` wrote", f"{str(path)!r}: {error}") from error
 
 
 def run(
-    study: Study, *, seeds: int | None = None, fast: bool = False, jobs: int = 1, cache: str | os.PathLike[str] | None = CACHE
-) -> Result:
+    study: Study, *, seeds: int | None = None, fast: bool = False, jobs: int = 1,
+    cache: str | os.PathLike[str] | None = CACHE, fresh: bool = False,
+) -> Result:  # fmt: skip
     """Run a study, or the rest of one. seeds overrides how many; jobs: processes; cache=None keeps nothing.
 
-    The result does not depend on jobs, on the cache, or on being interrupted.
+    fresh: what is kept is measured again, and replaced. The result does not depend on jobs, on the cache, or on being
+    interrupted.
     """
     settings: Settings = {**study.settings, **(study.fast if fast else {})}
     if seeds is not None:
@@ -126,7 +144,8 @@ def run(
     work = [(case, seed) for case in study.cases(settings) for seed in range(settings["seeds"])]
     folder = None if cache is None else Path(cache) / study.name
     paths = [None if folder is None else folder / f"{_key(study, settings, case, seed)}.json" for case, seed in work]
-    found = {i: numbers for i, path in enumerate(paths) if path and (numbers := _kept(path)) is not None}
+    kept = {} if fresh else {i: _kept(path) for i, path in enumerate(paths) if path}
+    found = {i: numbers for i, numbers in kept.items() if numbers is not None}
     todo = [(i, *work[i]) for i in range(len(work)) if i not in found]
     for i, numbers in progress(_measured(study, settings, todo, jobs), f"study {study.name}", total=len(todo)):
         found[i] = numbers
@@ -153,14 +172,22 @@ def _measured(
         finally:
             torch.set_num_threads(threads)
         return
-    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_begin) as pool:
         pending = {pool.submit(study.measure, settings, case, seed): i for i, case, seed in todo}
         try:
             for future in as_completed(pending):
                 yield pending[future], _plain(future.result())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for child in active_children():  # else leaving the block would wait for what they are at
+                child.terminate()
             raise
+
+
+def _begin() -> None:
+    """One thread a process; and an interrupt from the keyboard is the first process's to handle."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _plain(value: Any) -> Any:
@@ -177,11 +204,39 @@ def _plain(value: Any) -> Any:
 
 
 def _key(study: Study, settings: Settings, case: Case, seed: int) -> str:
-    """A hash of all that a measurement depends on; how many seeds there are is not part of it."""
+    """A hash of all that a measurement depends on, the code under it included; how many seeds there are is not part of it."""
     others = {key: value for key, value in settings.items() if key != "seeds"}
-    source = inspect.getsource(inspect.getmodule(study.measure) or study.measure)
-    whole = json.dumps([study.name, others, case, seed, source, _versions()], sort_keys=True)
+    code = _code(inspect.getsourcefile(study.measure) or "")
+    whole = json.dumps([study.name, others, case, seed, code, _versions()], sort_keys=True)
     return hashlib.sha256(whole.encode()).hexdigest()[:24]
+
+
+@cache
+def _code(path: str) -> str:
+    """A hash of a file and of every file of this package that it imports, directly or through others."""
+    package = __name__.partition(".")[0]
+    todo, seen = [path], {}
+    while todo:
+        file = todo.pop()
+        if file in seen or not Path(file).is_file():
+            continue
+        seen[file] = Path(file).read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(seen[file])):
+            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [str(node.module), *(f"{node.module}.{name}" for name in names)]
+            todo += [_file_of(name) for name in names if name.split(".")[0] == package]
+    return hashlib.sha256("".join(sorted(seen.values())).encode()).hexdigest()
+
+
+@cache
+def _file_of(name: str) -> str:
+    """The file of a module; "" for a name inside one."""
+    try:
+        found = find_spec(name)
+    except ModuleNotFoundError:
+        return ""
+    return found.origin or "" if found else ""
 
 
 def _versions() -> dict[str, str]:

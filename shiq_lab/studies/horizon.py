@@ -401,7 +401,7 @@ def draw(result: Result) -> "Figure":
         curve = result.summary["curves"][f"{where}, uniform, one-step, plain"]
         x, y = curve["T"][-1], curve[f"updates to {goals[-1]:g}"]["value"][-1]
         panels[2].annotate(text, (x, y), (0, 7), textcoords="offset points", ha="right", fontsize=8, color=GREY)
-    panels[0].set_ylabel("updates of gradient descent")
+    panels[0].set_ylabel("updates until max |q̂ − q*| is small")
     page.legend(loc="outside lower center", ncols=4)
     return page
 

@@ -491,7 +491,7 @@ def draw(result: Result) -> "Figure":
         right.plot(x, curve["measured"]["value"], color=PALETTE[color], marker=marker, ls="", mfc="white", label="measured")
     right.axhline(1, color=GREY, lw=0.8)
     right.text(1 - settings["gammas"][-1], 0.98, "above 1: diverges", color=GREY, fontsize=8, ha="right", va="top")
-    right.set(xscale="log", xlabel="1 − γ", ylabel="factor an update", title="Semi-gradient with loops")
+    right.set(xscale="log", xlabel="1 − γ", ylabel="growth of the error an update", title="Semi-gradient with loops")
     right.invert_xaxis()
     right.set_ylim(0.82, 2.45)  # room for the legend
     right.legend(fontsize=7.5, loc="upper left")

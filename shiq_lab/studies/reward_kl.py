@@ -280,7 +280,7 @@ def draw(result: Result) -> "Figure":
     first.set(xscale="log", xlabel="KL(π ‖ π_ref) (nats)", ylabel="expected return")
     first.set_title(f"On {n} rows (seed 0)")
     first.legend(loc="upper left")
-    for axes, title in ((second, f"To the own point, {n} rows"), (third, "To the own point, all strings")):
+    for axes, title in ((second, f"Gap to π* of the same β, {n} rows"), (third, "The same, all strings")):
         axes.set(xscale="log", yscale="log", xlabel="β", ylabel="(J* − J) / (J* − J_ref)")
         axes.xaxis.set_minor_formatter("")
         axes.set_title(title)

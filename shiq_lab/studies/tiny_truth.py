@@ -112,13 +112,15 @@ def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
     lines = list(summary.values())
     q, kl = (max(line[key] for line in lines) for key in ("q_relative", "kl"))
     before = min(line["q_relative_before"] for line in lines)
-    spread = min((line["level_spread"] for line in lines if line["prefixes"] > 1), default=np.inf)
-    said = (
+    spreads = [line["level_spread"] for line in lines if line["prefixes"] > 1]  # of one prefix there is none
+    said = [
         ("At every prefix and allowed token the logits are q* within 5 % of its range.", f"{q:.1%}", q <= Q_WITHIN),
         ("The policy is pi*: KL(pi* || pi) along an episode is at most 1e-3 nats.", f"{kl:.1e}", kl <= KL_WITHIN),
         ("The pretrained logits are no Q-values: half the range off somewhere.", f"{before:.0%}", before >= 0.5),
-        ("Their levels differ from prefix to prefix.", f"standard deviation at least {spread:.2f}", spread >= 0.05),
-    )
+    ]
+    if spreads:
+        measured = f"standard deviation at least {min(spreads):.3f}, of several prefixes"
+        said.append(("Their levels differ from prefix to prefix.", measured, min(spreads) >= 0.05))
     return [Claim(*parts) for parts in said]
 
 
@@ -151,7 +153,7 @@ def draw(result: Result) -> "Figure":
 TINY = Study(
     name="tiny",
     title="A tiny transformer's logits become Q-values",
-    question="Do a network's logits become q* at every prefix, when ShiQ trains it on data it never chose?",
+    question="Do a network's logits become q* at every prefix, when ShiQ trains it on data it never chose? (The worst seed.)",
     settings={"seeds": 1, "environments": None},
     fast={"environments": ["Needle", "Brackets", "ToolCall"]},
     cases=cases,
