@@ -64,7 +64,7 @@ def test_committed_numbers_are_a_full_run(name: str) -> None:
 def test_committed_claims_follow_from_the_numbers(name: str) -> None:
     """Summed up and claimed anew from the records: the same, and every claim holds."""
     result, study = committed(name), STUDIES[name]
-    assert near(json.loads(json.dumps(study.summarise(result.settings, result.records))), result.summary)
+    assert near(gallery._plain(study.summarise(result.settings, result.records)), result.summary)
     assert study.claims(result.settings, result.summary) == result.claims
     assert result.passed and len(result.claims) >= 3
 
@@ -145,6 +145,37 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     monkeypatch.setitem(table.STUDIES, "tiny", replace(table.STUDIES["tiny"], measure=interrupted))
     assert call(monkeypatch, "study", "tiny") == 130
     assert "what was measured is kept" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("toy")
+def test_redrawing_sums_up_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From the records in the folder: claims, summary and titles of the code as it stands; nothing is measured."""
+    assert call(monkeypatch, "figures", "tiny", "tiny", "--out", "out") == 0
+    path = tmp_path / "out" / "tiny.json"
+    good = json.loads(path.read_text(encoding="utf-8"))
+    stale = {**good, "title": "old", "summary": {}, "claims": [{"text": "old", "measured": "", "holds": False}]}
+    path.write_text(json.dumps(stale), encoding="utf-8")
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("measured")
+
+    monkeypatch.setitem(table.STUDIES, "tiny", replace(table.STUDIES["tiny"], measure=never))
+    assert call(monkeypatch, "figures", "tiny", "--redraw", "--out", "out") == 0
+    assert json.loads(path.read_text(encoding="utf-8")) == good
+
+
+def test_the_page_is_written_for_this_clone_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All studies in its own figures/, or no page at all."""
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "docs").mkdir()
+    for name in STUDIES:
+        (tmp_path / "figures" / f"{name}.json").write_bytes((FIGURES / f"{name}.json").read_bytes())
+    assert gallery.write_page(tmp_path / "figures") is None
+    monkeypatch.setattr(gallery, "ROOT", tmp_path)
+    written = gallery.write_page(tmp_path / "figures")
+    assert written is not None and written.read_text(encoding="utf-8") == page.markdown(map(committed, STUDIES))
+    (tmp_path / "figures" / "metric.json").unlink()
+    assert gallery.write_page(tmp_path / "figures") is None
 
 
 def test_studies_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from shiq_lab import enumerate_trajectories, evaluate, make, solve
+from shiq_lab import enumerate_trajectories, evaluate, make, solve, tiny
 from shiq_lab.fixed_points import worlds
 from shiq_lab.learning import Table, Trace, descend, rows_of, world_of
+from shiq_lab.models.prefixes import Prefixes
+from shiq_lab.models.transformer import TinyTransformer
 from shiq_lab.objectives import World, fields, lookup, subjects
 from shiq_lab.policies import uniform_policy
+from shiq_lab.sampling import sample
 from shiq_lab.tiny import pretrain, train_tiny
 from shiq_lab.training import train_sampled
 
@@ -249,3 +252,103 @@ def test_a_network_learns_q_on_data_it_never_chose() -> None:
     q = solve(start.world.mdp, beta=0.2).q()
     q_hat = 0.2 * (logits[edges] - start.world.mdp.ref_logits[edges])
     assert float(np.abs(q_hat - q[edges]).max()) == pytest.approx(trace.metrics[-1].q_error, abs=1e-12)
+
+
+def test_the_truth_is_about_the_frozen_network() -> None:
+    """The world's reference is the reference's own table at every prefix, at the beta and gamma that were asked for."""
+    start = pretrain(make("Tree", depth=2, n_tokens=2), beta=0.3, gamma=0.9, width=16, heads=2, steps=5, rows=64)
+    assert (start.world.beta, start.world.gamma) == (0.3, 0.9)
+    table = start.prefixes.table(start.reference).double().numpy()
+    speaks = start.world.mdp.is_policy
+    assert np.array_equal(start.world.mdp.ref_logits[speaks], table[speaks])
+
+
+def test_seeds_draw_the_weights_and_padding_teaches_nothing() -> None:
+    """After one step of Adam (each weight moves by at most 3e-3) seeds are still apart; the loss is that of the real tokens."""
+    mdp = make("Brackets", max_length=4)
+    options: dict[str, int] = {"width": 16, "heads": 2, "steps": 1, "rows": 128}
+    first, second = (pretrain(mdp, beta=1.0, seed=seed, **options) for seed in (0, 1))
+    apart = max(
+        float((a - b).abs().max()) for a, b in zip(first.reference.parameters(), second.reference.parameters(), strict=True)
+    )
+    assert apart > 0.1
+    tree = Prefixes.of(mdp).tree  # with the environment's own reference, which the network learns from
+    data = sample(tree, tree.ref_log_policy, 128, rng=0)
+    pick = torch.from_numpy(np.random.default_rng(0).integers(128, size=128))
+    logits = TinyTransformer(mdp.n_tokens, width=16, heads=2, seed=0)(data.input_ids[pick], data.attention_mask[pick]).logits
+    log_policy, total, count = logits.detach().double().log_softmax(-1), 0.0, 0
+    for row, ids, mask in zip(log_policy, data.input_ids[pick], data.attention_mask[pick], strict=True):
+        for i in range(int(mask.sum()) - 1):
+            total, count = total - float(row[i, ids[i + 1]]), count + 1
+    assert first.cross_entropy == pytest.approx(total / count, abs=1e-5)  # float32
+
+
+def test_values_have_a_rate_of_their_own() -> None:
+    """DRO-V: the first update moves values and logits apart from each other, the second sees the values moved."""
+    world, mu = DETERMINISTIC, uniform(DETERMINISTIC)
+    rows = rows_of(world, mu)
+    after = {
+        (steps, rate): descend(
+            "DRO-V", world, rows, mu, steps=steps, learning_rate=0.01, optimizer="sgd", value_rate=rate
+        ).logits
+        for steps in (1, 2)
+        for rate in (0.0, 5.0)
+    }
+    assert np.array_equal(after[1, 0.0], after[1, 5.0]) and not np.array_equal(after[2, 0.0], after[2, 5.0])
+
+
+def test_a_network_learns_values_ten_times_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, float] = {}
+    start = pretrain(make("Bandit", n_arms=2), beta=1.0, width=16, heads=2, steps=1, rows=8)
+
+    def spy(*args: object, **options: float) -> Trace:
+        seen.update(options)
+        return descend(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tiny, "descend", spy)
+    train_tiny(start, "DRO-V", rows_of(start.world, uniform(start.world)), steps=1, learning_rate=0.002)
+    assert seen["value_rate"] == pytest.approx(0.02)
+
+
+def test_the_cosine_schedule_warms_up_and_ends_at_nothing() -> None:
+    """Step sizes of plain SGD under a loss of constant slope 1, against factors by hand."""
+    world, steps = DETERMINISTIC, 50
+    weight = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+    base = torch.tensor(np.array(world.mdp.ref_logits))
+    linear = replace(lookup("ShiQ"), loss=lambda p: weight + 0.0 * p.stats().token_logit.sum())
+    seen: list[float] = []
+
+    def model() -> torch.Tensor:
+        seen.append(float(weight.detach()))
+        return base + 0.0 * weight
+
+    descend(
+        linear, world, rows_of(world, uniform(world)), model=model, parameters=[weight], steps=steps, learning_rate=0.1,
+        optimizer="sgd", schedule="cosine",
+    )  # fmt: skip
+    moved = -np.diff(seen)
+    expected = [0.1 * min(1.0, (k + 1) / 2) * 0.5 * (1 + np.cos(np.pi * k / steps)) for k in range(steps)]
+    assert np.allclose(moved, expected, atol=1e-12) and moved[-1] < 1e-3 < moved[steps // 2] < moved[1]
+
+
+def test_losses_are_recorded_where_the_metrics_are() -> None:
+    world, mu = DETERMINISTIC, uniform(DETERMINISTIC)
+    rows = rows_of(world, mu)
+    whole = descend("ShiQ", world, rows, mu, steps=12, learning_rate=0.05, record_at=[0, 5, 12])
+    for i, at in enumerate(whole.at[1:], 1):
+        short = descend("ShiQ", world, rows, mu, steps=at, learning_rate=0.05, record_at=[at])
+        assert whole.loss[i] == short.loss[-1] and whole.metrics[i] == short.metrics[-1]
+    assert len(set(whole.loss)) == 3
+
+
+@pytest.mark.parametrize("name", ["naive", "easy", "TBRM", "ShiQ", "TBRM at l*"])
+def test_a_table_is_read_as_its_loss_means_it(name: str) -> None:
+    """At the loss's own optimum the read-out is q*; TBRM's has v* at the start alone, and its policy is pi*."""
+    world, mu = DETERMINISTIC, uniform(DETERMINISTIC)
+    subject = lookup(name)
+    best = torch.where(torch.tensor(np.array(world.mdp.allowed)), subject.optimum(world), 0.0)
+    table = Table(world.mdp, best.numpy())
+    trace = descend(
+        subject, world, rows_of(world, mu), mu, model=table, parameters=table.parameters(), steps=1, learning_rate=1e-12
+    )
+    assert trace.metrics[0].q_error < 1e-9 and trace.metrics[0].kl < 1e-12

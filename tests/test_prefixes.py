@@ -203,3 +203,18 @@ def test_a_table_one_token_late_is_caught() -> None:
 
     edges = torch.tensor(prefixes.tree.allowed & prefixes.tree.is_policy[:, None])
     assert float((prefixes.table(late) - prefixes.table(model)).detach()[edges].abs().max()) > 1e-2
+
+
+def test_limits_are_exact() -> None:
+    mdp = SMALL["Tree"]()
+    size = unfold(mdp)[0].n_states
+    assert unfold(mdp, size)[0].n_states == size == Prefixes.of(mdp, size).tree.n_states
+    for limited in (unfold, Prefixes.of):
+        with pytest.raises(ValueError, match=f"the number of prefixes, {size}, got {size - 1}"):
+            limited(mdp, size - 1)
+
+
+def test_what_cannot_be_reached_is_not_counted() -> None:
+    """A loop beside the way makes no string infinite."""
+    mdp = TokenMDP(np.array([[-1, -1], [1, 1]]), np.zeros((2, 2)), np.zeros((2, 2))).with_prompt(0)
+    assert count_prefixes(mdp) == 2 and count_trajectories(mdp) == 2

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from shiq_lab.plotting import figure
-from shiq_lab.studies import frame, tiny_truth
+from shiq_lab.studies import frame, page, tiny_truth
 from shiq_lab.studies.frame import Case, Claim, Record, Result, Settings, Study, run, write_json
 from shiq_lab.studies.statistics import interval, iqm
 
@@ -269,3 +270,52 @@ def test_the_interval_covers() -> None:
 def test_bad_statistics(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call()
+
+
+def test_one_false_claim_is_enough() -> None:
+    two: Any = lambda settings, summary: [Claim("a", "1", True), Claim("b", "2", False)]  # noqa: E731
+    result = run(replace(study(), claims=two), cache=None)
+    assert not result.passed
+    text = page.section(replace(result, claims=[Claim("a | b", "x", False), Claim("c", "y", True)]))
+    assert "| a \\| b | x | **fails** |" in text and "| c | y | holds |" in text
+
+
+def test_other_versions_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    run(study(log=str(log)), cache=tmp_path / "kept")
+    monkeypatch.setattr(frame, "_versions", lambda: {"torch": "99"})
+    run(study(log=str(log)), cache=tmp_path / "kept")
+    assert calls(log) == 12
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_json(tmp_path / "x.json", {"a": 1})
+
+    def broken(*_: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr("os.replace", broken)
+    with pytest.raises(OSError, match="no space"):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def threads(settings: Settings, case: Case, seed: int) -> dict[str, Any]:
+    """How many threads torch has where a study is measured."""
+    return {"end": 1.0 + case["drift"], "walk": [], "none": None, "n": torch.get_num_threads()}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_one_thread_a_process(jobs: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = run(replace(study(), measure=threads), cache=None, jobs=jobs)
+        assert {r.numbers["n"] for r in found.records} == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_interval_is_one_of_95_per_cent() -> None:
+    values = np.random.default_rng(3).normal(size=9)
+    assert interval(values) == interval(values, level=0.95, resamples=2000, seed=0) != interval(values, level=0.9)

@@ -168,3 +168,15 @@ def test_a_tied_head_is_the_embedding() -> None:
 def test_bad_input(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call()  # type: ignore[operator]
+
+
+def test_weights_are_drawn_to_scale() -> None:
+    """Standard deviation inputs^-1/2, and 1 / sqrt(2 layers) of that where it adds to the stream; 65,536 draws: within 3 %."""
+    model = TinyTransformer(5, width=256, layers=3, heads=4, seed=0)
+    block = model.blocks[0]
+    for weight, expected in (
+        (block.gate_up.weight, 256**-0.5),
+        (block.out.weight, 256**-0.5 / 6**0.5),
+        (block.down.weight, 512**-0.5 / 6**0.5),
+    ):
+        assert float(weight.detach().std()) == pytest.approx(expected, rel=0.03)
