@@ -4,17 +4,16 @@ import math
 
 from shiq_lab.builders import END, Row, from_states, random_reference
 from shiq_lab.envs._common import BOS, EOS, at_least, checked_seed, number
-from shiq_lab.errors import bad
 from shiq_lab.mdp import TokenMDP
 
 PLUS, EQUALS, STOP = 10, 11, 12
 
 
-def addition(digits: int = 2, reward: float = 1.0, credit: float = 0.1, last_ends: bool = False, seed: int = 0) -> TokenMDP:
+def addition(digits: int = 2, reward: float = 1.0, credit: float = 0.1, last_ends: int = 0, seed: int = 0) -> TokenMDP:
     """Addition: random prompts "a+b=", answered digit by digit, as an automaton that forgets all but the sum.
 
     Tests       many random prompts, answers of variable length, small credits before the reward
-    Actions     ten digits and the end token; after digits + 1 digits the end token alone, or (last_ends) the last digit is
+    Actions     ten digits and the end token; after digits + 1 digits the end token alone, or (last_ends = 1) the last digit is
                 the end and takes the end token's reward along: no state without a choice, the same v*
     Start       a beginning-of-sequence token, then "a+b=" with independent uniform numbers of so many digits
     Rewards     `credit` on each digit that continues the right answer, `reward` on the end token after all of it
@@ -23,8 +22,7 @@ def addition(digits: int = 2, reward: float = 1.0, credit: float = 0.1, last_end
     """
     digits = at_least("digits", digits, 1, 2)
     reward, credit = number("reward", reward), number("credit", credit)
-    if not isinstance(last_ends, bool):
-        raise bad("last_ends", "True or False", repr(last_ends))
+    last_ends = at_least("last_ends", last_ends, 0, 1)
 
     def ask(kind: str, read: int, total: int) -> Row:
         """Environment: `read` digits of the operand are out, `total` is the sum of what they stand for."""
@@ -42,7 +40,7 @@ def addition(digits: int = 2, reward: float = 1.0, credit: float = 0.1, last_end
         """Policy: `rest` is what is left of the right answer, None after a mistake."""
         follow: dict[int, tuple[str, int, str | None] | None] = {STOP: END}
         right = int(rest[0]) if rest else None
-        last = last_ends and said == digits
+        last = last_ends == 1 and said == digits
         if said <= digits:
             follow |= {d: END if last else ("answer", said + 1, rest[1:] if rest and d == right else None) for d in range(10)}
         whole = reward if last and rest and len(rest) == 1 else 0.0

@@ -489,6 +489,16 @@ def test_addition_asks_every_sum_and_takes_no_fourth_digit() -> None:
     assert may(small) == set("0123456789") and sum(say(small, *"0+0=0", EOS)[0]) == pytest.approx(1.1)
 
 
+@pytest.mark.parametrize("digits", [1, 2])
+def test_an_answer_may_end_with_its_last_digit(digits: int) -> None:
+    """The forced end token folded into the digit before it: the same v*, and no state without a choice."""
+    plain, folded = addition(digits=digits), addition(digits=digits, last_ends=1)
+    assert solve(folded, beta=0.2).objective == pytest.approx(solve(plain, beta=0.2).objective, abs=1e-14)
+    assert (folded.allowed.sum(1)[folded.is_policy] == 11).all() and (plain.allowed.sum(1)[plain.is_policy] == 1).any()
+    assert say(addition(last_ends=1), *"99+99=", *"198") == ([0.1, 0.1, 1.1], -1)
+    assert say(addition(last_ends=1), *"99+99=", *"199") == ([0.1, 0.1, 0.0], -1)
+
+
 def test_addition_prompts_are_uniform() -> None:
     """The chance of reaching sum s is the number of pairs that make it, of 90^2."""
     mdp, mass = addition(), np.zeros(843)

@@ -35,7 +35,7 @@ def same_drawing(first: Path, second: Path) -> bool:
     """The same SVG but for the last digits of coordinates, which another processor may round otherwise."""
     texts = [path.read_text(encoding="utf-8") for path in (first, second)]
     skeletons, numbers = ([f(text) for text in texts] for f in (lambda t: NUMBER.sub("#", t), NUMBER.findall))
-    near = (abs(float(a) - float(b)) <= 1e-3 * (1 + abs(float(b))) for a, b in zip(*numbers, strict=False))
+    near = (a == b or abs(float(a) - float(b)) <= 1e-3 * (1 + abs(float(b))) for a, b in zip(*numbers, strict=False))
     return skeletons[0] == skeletons[1] and len(numbers[0]) == len(numbers[1]) and all(near)
 
 

@@ -42,7 +42,7 @@ SIZES: dict[str, Size] = {
     "Chain": Size({"length": 7}, steps=2000),
     "Brackets": Size({"max_length": 6}, steps=600),
     "Parity": Size({"prompt_length": 2, "length": 5}, steps=2000),
-    "Addition": Size({"digits": 1, "last_ends": True}, steps=1500, rows=200_000),
+    "Addition": Size({"digits": 1, "last_ends": 1}, steps=1500, rows=200_000),
     "Loop": Size({}, horizon=7, steps=1500),
     "ToolCall": Size({"n_functions": 5, "n_arguments": 4}, steps=600, mixed=True),
     "Star": Size({"arms": 3, "length": 5}, steps=1000),
