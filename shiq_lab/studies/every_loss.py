@@ -86,7 +86,7 @@ def claims(settings: Settings, summary: dict[str, Any]) -> list[Claim]:
     others = {name: line for name, line in none.items() if name != PLAIN}
     far, near = worst(both, "kl", "high"), best(others, "kl", "low")
     wrong, nearest = worst(whole, "q_error", "high"), best(only, "q_error", "low")
-    show = lambda name, key: f"{name} {summary[name][key]['value']:.2g}"  # noqa: E731
+    show = lambda name, key: f"{name} {said(summary[name][key], '.2g')}"  # noqa: E731
     return [
         Claim(
             f"The {len(both)} losses that keep pi* on these data bring the network to it.",
