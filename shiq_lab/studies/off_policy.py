@@ -405,7 +405,7 @@ OFF_POLICY = Study(
     settings={
         "seeds": 10, "depth": 3, "beta": 1.0, "rows": 16384, "steps": 600, "learning_rate": 0.2, "goal": 0.01
     },
-    fast={"seeds": 1, "depth": 2, "rows": 8192, "steps": 250},
+    fast={"seeds": 1, "depth": 2, "rows": 8192},
     cases=cases,
     measure=measure,
     summarise=summarise,
