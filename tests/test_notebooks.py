@@ -27,7 +27,7 @@ FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 OUR_IMPORTS = {"shiq_lab", "numpy", "torch", "matplotlib", "sympy"}
 # What a reader's own file may take from the standard library; nothing that leaves the machine.
 STANDARD = {"dataclasses", "functools", "itertools", "json", "math", "pathlib", "subprocess", "sys", "tempfile"}
-MACHINE = re.compile(r"/work/|/root/|/home/|/tmp/|/Users/|site-packages|\.venv|[A-Z]:\\\\")
+MACHINE = re.compile(r"/root/|/home/|/tmp/|/Users/|site-packages|\.venv|[A-Z]:\\\\")
 LEAST_ASSERTIONS, LEAST_EXERCISES, LEAST_SECTIONS = 10, 3, 3
 CELL_BYTES, FILE_BYTES = 300_000, 1_500_000
 NO_ANSWER = "No answer yet"
