@@ -7,7 +7,6 @@ ids, selftest, tests) reads that table.
 if __name__ != "shiq_lab.envs":
     raise ImportError("this folder is the package shiq_lab.envs; import it by that name")
 
-import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from shiq_lab.envs.shaped import shaped
 from shiq_lab.envs.star import star
 from shiq_lab.envs.tool_call import tool_call
 from shiq_lab.envs.tree import tree
-from shiq_lab.errors import bad
+from shiq_lab.errors import bad, unknown
 from shiq_lab.mdp import TokenMDP
 
 
@@ -62,10 +61,7 @@ def lookup(name: str) -> Environment:
     """The table's entry; an unknown name is a ValueError that suggests the nearest one."""
     if name in ENVIRONMENTS:
         return ENVIRONMENTS[name]
-    known = {key.lower(): key for key in ENVIRONMENTS}
-    near = difflib.get_close_matches(str(name).lower(), known, n=1)
-    hint = f"Did you mean {known[near[0]]!r}?" if near else f"Known: {', '.join(ENVIRONMENTS)}."
-    raise bad("name", "an environment", repr(name), hint)
+    raise unknown("name", "an environment", name, ENVIRONMENTS)
 
 
 def make(name: str, **parameters: Any) -> TokenMDP:

@@ -24,7 +24,7 @@ from rich.table import Table
 from shiq_lab import envs
 from shiq_lab.bellman import Solution, solve
 from shiq_lab.checks.traits import Traits
-from shiq_lab.errors import at_least, bad
+from shiq_lab.errors import at_least, bad, unknown
 from shiq_lab.losses import methods
 from shiq_lab.mdp import TokenMDP
 
@@ -127,17 +127,9 @@ def _build(builder: Callable[..., Any], parameters: dict[str, Any]) -> TokenMDP:
 
 def _json(value: Any) -> None:
     """Strict JSON on standard output: an infinite number becomes null."""
+    from shiq_lab.studies.frame import plain
 
-    def clean(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {k: clean(v) for k, v in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [clean(v) for v in x]
-        if isinstance(x, (float, np.floating)):
-            return float(x) if np.isfinite(x) else None
-        return x.item() if isinstance(x, np.generic) else x
-
-    print(json.dumps(clean(value), allow_nan=False))
+    print(json.dumps(plain(value, strict=False), allow_nan=False))
 
 
 # ---------------------------------------------------------------------------------------------------------- commands
@@ -268,6 +260,8 @@ def selftest(
     """Check the project's own losses against the exact truth; exit 1 if anything falls short."""
     import torch
 
+    if figure is not None and (figure.suffix not in (".png", ".svg", ".pdf") or figure.is_dir()):
+        raise bad("--figure", "a file that ends in .png, .svg or .pdf", repr(str(figure)))
     if tiny:
         if table or matrix:
             raise bad("--tiny", "no other table beside it", "--table" if table else "--matrix")
@@ -283,8 +277,6 @@ def selftest(
 
     if figure is None and not env:
         figure = Path("figures/selftest.png")
-    if figure is not None and (figure.suffix not in (".png", ".svg", ".pdf") or figure.is_dir()):
-        raise bad("--figure", "a file that ends in .png, .svg or .pdf", repr(str(figure)))
     torch.set_num_threads(1)  # small tables: more threads only wait for each other
     report = run(env or None)
     if json_:
@@ -308,9 +300,7 @@ def _tiny(env: list[str], figure: Path | None, json_: bool) -> bool:
 
     for name in env:
         if name not in SIZES:
-            near = difflib.get_close_matches(name, SIZES, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(SIZES)}."
-            raise bad("--env", "a deterministic environment", repr(name), hint)
+            raise unknown("--env", "a deterministic environment", name, SIZES)
     study = replace(TINY, settings={**TINY.settings, "environments": env or None})
     with _resumable():
         result = run(study, jobs=os.cpu_count() or 1)

@@ -1,7 +1,9 @@
 """One form for every complaint: the argument, what was expected, what came, and the remedy; and the checks of plain numbers."""
 
+import difflib
 import math
 import sys
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -9,6 +11,14 @@ import numpy as np
 def bad(argument: str, expected: str, received: object, remedy: str = "") -> ValueError:
     """Return (not raise) the ValueError that says all four; `raise bad(...)` keeps the traceback at the caller."""
     return ValueError(f"{argument}: expected {expected}, got {received}." + (f" {remedy}" if remedy else ""))
+
+
+def unknown(argument: str, expected: str, received: object, known: Iterable[str]) -> ValueError:
+    """The ValueError for a name that is not among the known ones; it suggests the nearest, whatever its case."""
+    names = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(str(received).lower(), names, n=1)
+    hint = f"Did you mean {names[near[0]]!r}?" if near else f"Known: {', '.join(names.values())}."
+    return bad(argument, expected, repr(received), hint)
 
 
 def is_whole(value: object) -> bool:

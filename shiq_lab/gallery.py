@@ -1,6 +1,5 @@
 """Every committed figure, and the numbers beside it: a line each. `shiq-lab figures` makes them again."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,11 +11,11 @@ import torch
 from shiq_lab import envs, plotting, selftest
 from shiq_lab.bellman import Solution, solve
 from shiq_lab.enumeration import enumerate_trajectories
-from shiq_lab.errors import bad
+from shiq_lab.errors import bad, unknown
 from shiq_lab.pictures import automaton_figure, automaton_graph, credit_of, trajectory_figure, tree_figure, tree_graph
 from shiq_lab.stats import TokenStats
 from shiq_lab.studies import page
-from shiq_lab.studies.frame import Result, run, write_json
+from shiq_lab.studies.frame import Result, plain, run, write_json
 from shiq_lab.studies.table import STUDIES
 
 if TYPE_CHECKING:
@@ -52,16 +51,6 @@ def _trajectory() -> Drawn:
     return drawn, asdict(credit_of(policy, ref, batch, **options))
 
 
-def _plain(value: Any) -> Any:
-    """Numbers as JSON holds them; None where there is none."""
-    if isinstance(value, dict):
-        return {key: _plain(x) for key, x in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [_plain(x) for x in value]
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
 PICTURES: dict[str, Callable[[], Drawn]] = {"tree": _tree, "automaton": _automaton, "trajectory": _trajectory}
 NAMES = ("selftest", *PICTURES, *STUDIES)
 
@@ -70,8 +59,7 @@ def choose(names: list[str]) -> list[str]:
     """The named figures, default all; an unknown name is a ValueError that suggests the nearest."""
     for name in names:
         if name not in NAMES:
-            near = difflib.get_close_matches(name, NAMES, n=1)
-            raise bad("NAME", "a figure", repr(name), f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(NAMES)}.")
+            raise unknown("NAME", "a figure", name, NAMES)
     return list(dict.fromkeys(names)) or list(NAMES)
 
 
@@ -102,7 +90,7 @@ def again(name: str, folder: Path) -> Result:
     old = Result.read(path)
     summary = study.summarise(old.settings, old.records)
     return replace(
-        old, title=study.title, question=study.question, summary=_plain(summary), claims=study.claims(old.settings, summary)
+        old, title=study.title, question=study.question, summary=plain(summary), claims=study.claims(old.settings, summary)
     )
 
 
@@ -113,7 +101,7 @@ def keep(result: Result, folder: Path) -> list[Path]:
 
 def _write(name: str, folder: Path, drawn: "Figure", numbers: dict[str, Any]) -> list[Path]:
     paths = [plotting.save(drawn, folder / f"{name}{kind}") for kind in (".png", ".svg")]
-    return [*paths, write_json(folder / f"{name}.json", _plain(numbers))]
+    return [*paths, write_json(folder / f"{name}.json", plain(numbers, strict=False))]
 
 
 def results(folder: Path) -> list[Result]:

@@ -3,7 +3,6 @@
 A line a loss, beside what theory says of it. fixed_points.py asks where each is stationary; learning.py trains with each.
 """
 
-import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -16,7 +15,7 @@ from torch import Tensor
 from shiq_lab.batch import TokenBatch
 from shiq_lab.bellman import EPS, Solution, solve
 from shiq_lab.enumeration import enumerate_trajectories
-from shiq_lab.errors import bad
+from shiq_lab.errors import unknown
 from shiq_lab.losses import consistency, contrastive, policy_gradient, preference, shiq
 from shiq_lab.losses.methods import METHODS, Method
 from shiq_lab.losses.residuals import actions_of
@@ -387,7 +386,5 @@ def lookup(name: str) -> Subject:
     known = {s.name.lower(): s for s in subjects()}
     found = known.get(str(name).lower())
     if found is None:
-        near = difflib.get_close_matches(str(name).lower(), known, n=1)
-        hint = f"Did you mean {known[near[0]].name!r}?" if near else f"Known: {', '.join(s.name for s in known.values())}."
-        raise bad("loss", "a loss of the fixed-point table", repr(name), hint)
+        raise unknown("loss", "a loss of the fixed-point table", name, (s.name for s in subjects()))
     return found

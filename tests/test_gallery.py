@@ -10,7 +10,7 @@ import pytest
 
 from shiq_lab import cli, gallery
 from shiq_lab.studies import page, table
-from shiq_lab.studies.frame import Result
+from shiq_lab.studies.frame import Result, plain
 from shiq_lab.studies.table import STUDIES
 from shiq_lab.studies.tiny_truth import TINY
 
@@ -64,7 +64,7 @@ def test_committed_numbers_are_a_full_run(name: str) -> None:
 def test_committed_claims_follow_from_the_numbers(name: str) -> None:
     """Summed up and claimed anew from the records: the same, and every claim holds."""
     result, study = committed(name), STUDIES[name]
-    assert near(gallery._plain(study.summarise(result.settings, result.records)), result.summary)
+    assert near(plain(study.summarise(result.settings, result.records)), result.summary)
     assert study.claims(result.settings, result.summary) == result.claims
     assert result.passed and len(result.claims) >= 3
 

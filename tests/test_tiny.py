@@ -111,6 +111,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeyp
     [
         (["--env", "RandomTool"], "--env: expected a deterministic environment, got 'RandomTool'."),
         (["--env", "Tre"], "--env: expected a deterministic environment, got 'Tre'. Did you mean 'Tree'?"),
+        (["--figure", "x.txt"], "--figure: expected a file that ends in .png, .svg or .pdf, got 'x.txt'."),
         (["--table"], "--tiny: expected no other table beside it, got --table."),
     ],
 )

@@ -1,13 +1,12 @@
 """What a table can be trained with: a line a method. The command line, the selftest and the tests read this table."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from shiq_lab.errors import bad
+from shiq_lab.errors import unknown
 from shiq_lab.losses import shiq, steps
 
 
@@ -42,6 +41,4 @@ def lookup(name: str) -> Method:
     """The table's entry; an unknown name is a ValueError that suggests the nearest one."""
     if isinstance(name, str) and name in METHODS:
         return METHODS[name]
-    near = difflib.get_close_matches(str(name).lower(), METHODS, n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(METHODS)}."
-    raise bad("loss", "a method", repr(name), hint)
+    raise unknown("loss", "a method", name, METHODS)

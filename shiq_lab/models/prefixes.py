@@ -14,7 +14,6 @@ from torch import Tensor
 
 from shiq_lab.enumeration import unfold
 from shiq_lab.errors import bad
-from shiq_lab.graph import Ints
 from shiq_lab.mdp import TokenMDP
 from shiq_lab.models.tabular import CausalLMOutput
 from shiq_lab.sampling import require_prompt
@@ -31,13 +30,11 @@ class Prefixes:
     """Every prefix of an automaton at which the policy speaks, in as few rows as hold them all.
 
     tree            the automaton unfolded; a state for every prefix
-    origin          int[S]     the automaton's state there
     input_ids       int[R, L]  right-padded rows; attention_mask {0, 1}[R, L]
     row, position   int[S]     where the policy state's prefix ends in these rows; 0 in environment states
     """
 
     tree: TokenMDP
-    origin: Ints
     input_ids: Tensor
     attention_mask: Tensor
     row: Tensor
@@ -47,31 +44,30 @@ class Prefixes:
     def of(cls, mdp: TokenMDP, max_states: int = 100_000) -> "Prefixes":
         """Unfold an automaton with an environment root. ValueError where it has more than max_states prefixes."""
         require_prompt(mdp)
-        tree, origin = unfold(mdp, max_states)
+        tree, _ = unfold(mdp, max_states)
         S = tree.n_states
         parent, said = np.full(S, -1), np.full(S, -1)
         state, token = np.nonzero(tree.next_state >= 0)
         parent[tree.next_state[state, token]], said[tree.next_state[state, token]] = state, token
-        length, ahead = np.zeros(S, dtype=np.int64), tree.is_policy.copy()
-        for s in range(1, S):  # a parent comes before its children
-            length[s] = length[parent[s]] + 1
-        last = tree.is_policy.copy()  # no policy state behind it
-        for s in range(S - 1, 0, -1):
-            last[parent[s]] &= not ahead[s]
-            ahead[parent[s]] |= ahead[s]
+        length, inner, up = np.zeros(S, dtype=np.int64), np.zeros(S, dtype=bool), parent.copy()
+        while (up >= 0).any():  # one step towards the root from every state at once
+            length += up >= 0
+            inner[up[tree.is_policy & (up >= 0)]] = True
+            up = np.where(up >= 0, parent[up], -1)
+        last = tree.is_policy & ~inner  # no policy state behind it
         ends = np.flatnonzero(last)
         row, ids = np.zeros(S, dtype=np.int64), np.zeros((len(ends), int(length.max(initial=1))), dtype=np.int64)
         here, rows = ends.copy(), np.arange(len(ends))
         while rows.size:
             row[here] = rows
-            inner = length[here] > 0
-            here, rows = here[inner], rows[inner]
+            on = length[here] > 0
+            here, rows = here[on], rows[on]
             ids[rows, length[here] - 1] = said[here]
             here = parent[here]
         real = np.arange(ids.shape[1]) < length[ends][:, None]
         where = np.where(tree.is_policy, length - 1, 0)
         parts = (ids, real.astype(np.int64), np.where(tree.is_policy, row, 0), where)
-        return cls(tree, origin, *(torch.from_numpy(part) for part in parts))
+        return cls(tree, *(torch.from_numpy(part) for part in parts))
 
     @cached_property
     def _open(self) -> Tensor:

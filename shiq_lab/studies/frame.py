@@ -153,7 +153,7 @@ def run(
         if path is not None:
             write_json(path, numbers)
     records = [Record(case, seed, found[i]) for i, (case, seed) in enumerate(work)]
-    summary = _plain(study.summarise(settings, records))
+    summary = plain(study.summarise(settings, records))
     return Result(
         study.name, study.title, study.question, settings, _versions(), records, summary, study.claims(settings, summary)
     )
@@ -168,7 +168,7 @@ def _measured(
         torch.set_num_threads(1)  # as in the other processes: sums over several threads may round otherwise
         try:
             for i, case, seed in todo:
-                yield i, _plain(study.measure(settings, case, seed))
+                yield i, plain(study.measure(settings, case, seed))
         finally:
             torch.set_num_threads(threads)
         return
@@ -176,7 +176,7 @@ def _measured(
         pending = {pool.submit(study.measure, settings, case, seed): i for i, case, seed in todo}
         try:
             for future in as_completed(pending):
-                yield pending[future], _plain(future.result())
+                yield pending[future], plain(future.result())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in active_children():  # else leaving the block would wait for what they are at
@@ -190,16 +190,17 @@ def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _plain(value: Any) -> Any:
-    """The same numbers as JSON holds them, so that a fresh record equals one that was read back; NaN is refused."""
+def plain(value: Any, *, strict: bool = True) -> Any:
+    """The same numbers as JSON holds them; NaN and infinities are refused, or (strict=False) become None."""
     if isinstance(value, dict):
-        return {str(key): _plain(x) for key, x in value.items()}
+        return {str(key): plain(x, strict=strict) for key, x in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
-        return [_plain(x) for x in value]
-    if isinstance(value, np.generic):
-        value = value.item()
+        return [plain(x, strict=strict) for x in value]
+    value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, float) and not np.isfinite(value):
-        raise bad("numbers", "finite numbers (None for what is not there)", repr(value))
+        if strict:
+            raise bad("numbers", "finite numbers (None for what is not there)", repr(value))
+        return None
     return value
 
 

@@ -1,8 +1,6 @@
 """The studies by name, in the order in which they are told. A line each to add one."""
 
-import difflib
-
-from shiq_lab.errors import bad
+from shiq_lab.errors import unknown
 from shiq_lab.studies.ablation import ABLATION, ABLATION_TINY
 from shiq_lab.studies.data_size import DATA_SIZE
 from shiq_lab.studies.every_loss import EVERY_LOSS
@@ -26,6 +24,4 @@ def lookup(name: str) -> Study:
     """The study of that name; an unknown one is a ValueError that suggests the nearest."""
     if name in STUDIES:
         return STUDIES[name]
-    near = difflib.get_close_matches(str(name).lower(), STUDIES, n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(STUDIES)}."
-    raise bad("NAME", "a study", repr(name), hint)
+    raise unknown("NAME", "a study", name, STUDIES)
