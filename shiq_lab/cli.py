@@ -1,4 +1,4 @@
-"""The command line: shiq-lab envs | solve | selftest | train | check | study | figures | bench."""
+"""The command line: shiq-lab envs | solve | selftest | train | check | study | figures | bench | preflight | train-hf."""
 
 import ast
 import difflib
@@ -607,6 +607,32 @@ def make_figures(
     if page := gallery.write_page(folder):
         out.print(f"page: {page}", style="dim")
     raise typer.Exit(0 if fine else 1)
+
+
+@contextmanager
+def _needs_hf() -> Iterator[None]:
+    """A missing extra is one line that names it, not a traceback."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise bad("shiq-lab", "the extra hf", f"no module {error.name!r}", 'pip install "shiq-lab[hf]"') from None
+
+
+@app.command("train-hf")
+def train_full_size(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file: model, data, trainer.")],
+    fresh: Annotated[bool, typer.Option("--fresh", help="From the start, not from the newest checkpoint.")] = False,
+    json_: Json = False,
+) -> None:
+    """Train a transformers model by the same loss function; several processes: accelerate launch $(which shiq-lab) train-hf."""
+    with _needs_hf():
+        from shiq_lab.hf import run
+    found = run.train(run.read(config), resume=not fresh)
+    if json_:
+        return _json(found)
+    for name in ("train_loss", "dv", "abs_rho", "log_ratio", "reward", "margin", "eval_loss"):
+        if name in found:
+            out.print(f"{name:12s} {found[name]:.6g}")
 
 
 @app.command()

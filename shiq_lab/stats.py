@@ -5,12 +5,14 @@ transformer and a model whose logits are never held in memory.
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shiq_lab.batch import TokenBatch
 from shiq_lab.errors import bad
+from shiq_lab.fused import token_statistics
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +96,32 @@ class TokenStats:
         return cls._masked(chosen, level, joint, acts, rows, batch)
 
     @classmethod
+    def from_hidden(cls, hidden: Tensor, head: Tensor, batch: TokenBatch, **options: Any) -> "TokenStats":
+        """From hidden states float[B, L, H] and a head float[V, H], never holding logits of more than a chunk of tokens.
+
+        Equal to from_logits of hidden @ head.T, in value and gradient; options: those of fused.token_statistics (bias, scale,
+        soft_cap, n_tokens, chunk).
+        """
+        _check_table("hidden", hidden)
+        if hidden.ndim != 3 or hidden.shape[:2] != batch.input_ids.shape:
+            raise bad("hidden", f"shape {(*batch.input_ids.shape, 'H')}", f"shape {tuple(hidden.shape)}")
+        _check_taken(batch, options.get("n_tokens") or head.shape[0])
+        return cls.from_columns(*columns(hidden, head, *scored(batch), **options), batch)
+
+    @classmethod
+    def from_columns(cls, token_logit: Tensor, logsumexp: Tensor, batch: TokenBatch) -> "TokenStats":
+        """From the two numbers at every position, float[B, L]: of the token behind it, and of all tokens.
+
+        What stands where `scored(batch)` is False never matters.
+        """
+        for name, x in (("token_logit", token_logit), ("logsumexp", logsumexp)):
+            if x.shape != batch.input_ids.shape:
+                raise bad(name, f"shape {tuple(batch.input_ids.shape)}", f"shape {tuple(x.shape)}")
+        acts, end, rows = _live(batch)
+        level = torch.where(acts | end, logsumexp, 0.0)
+        return cls._masked(token_logit[:, :-1], level, None, acts, rows, batch)
+
+    @classmethod
     def _masked(
         cls, chosen: Tensor, level: Tensor, joint: Tensor | None, acts: Tensor, last: Tensor, batch: TokenBatch
     ) -> "TokenStats":
@@ -111,6 +139,20 @@ class TokenStats:
             joint_logsumexp=None if joint is None else torch.where(here, joint[:, :-1], 0.0),
             end_joint_logsumexp=None if joint is None else at_end(joint),
         )
+
+
+def scored(batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """(bool[B, L] positions whose logits the losses see, int[B, L] the token behind each: any in-range id where none is)."""
+    acts, end, _ = _live(batch)
+    taken = torch.nn.functional.pad(batch.input_ids[:, 1:], (0, 1))
+    return acts | end, torch.where(acts, taken, 0)
+
+
+def columns(hidden: Tensor, head: Tensor, where: Tensor, taken: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """(token_logit, logsumexp) float[B, L] of hidden states float[B, L, H] at the positions `where`; 0 elsewhere."""
+    logit, level = token_statistics(hidden[where], head, taken[where], **options)  # (N,)
+    empty = torch.zeros(where.shape, dtype=level.dtype, device=level.device)
+    return empty.masked_scatter(where, logit), empty.masked_scatter(where, level)
 
 
 def _check_table(name: str, table: object, ndim: int | None = None) -> None:

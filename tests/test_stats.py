@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference import lse, sequences
 from strategies import EPS, Case, cases, mixed
 
@@ -13,6 +14,7 @@ from shiq_lab import TokenStats, make
 from shiq_lab.batch import TokenBatch, pack
 from shiq_lab.policies import uniform_policy
 from shiq_lab.sampling import sample
+from shiq_lab.stats import scored
 
 torch.set_num_threads(1)
 LEVEL = 16 * EPS  # a log-sum-exp of 4 terms rounds a few times numbers of the size of the largest logit
@@ -129,3 +131,46 @@ def test_wrong_statistics_are_named() -> None:
         TokenStats.from_logits(torch.zeros(6, 3, 4), batch)
     with pytest.raises(ValueError, match=r"^ref_logits: expected shape"):
         TokenStats.from_logits(torch.zeros(6, 4, 4), batch, ref_logits=torch.zeros(6, 4, 5))
+
+
+@given(case=cases(), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_hidden_states_give_what_their_logits_give(case: Case, seed: int) -> None:
+    """Fused or from logits: the same numbers and the same gradients by hidden states and head; NaN in padding reaches neither."""
+    rng = torch.Generator().manual_seed(seed)
+    batch, V = case.batch, case.logits.shape[-1]
+    where, _ = scored(batch)
+    hidden = torch.randn(*batch.input_ids.shape, 5, generator=rng, dtype=torch.float64)
+    head = torch.randn(V, 5, generator=rng, dtype=torch.float64)
+    found = []
+    for fused in (True, False):
+        h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        seen = torch.where(where[..., None], h, torch.nan)
+        if fused:
+            stats = TokenStats.from_hidden(seen, w, batch)
+        else:
+            stats = TokenStats.from_logits(torch.where(where[..., None], h, 0.0) @ w.T, batch)
+        parts = (stats.token_logit, stats.logsumexp, stats.end_logsumexp)
+        total = sum((torch.randn(x.shape, generator=torch.Generator().manual_seed(7), dtype=x.dtype) * x).sum() for x in parts)
+        grads = torch.autograd.grad(total, (h, w), allow_unused=True)
+        found.append([*parts, *(torch.zeros(1) if g is None else g for g in grads)])
+    for a, b in zip(*found, strict=True):
+        biggest = 1 + float(b.detach().abs().max()) if b.numel() else 1.0
+        assert a.numel() == b.numel() == 0 or (a - b).abs().max() <= 8 * LEVEL * biggest  # sums of up to 40 terms of this size
+
+
+def test_columns_of_the_wrong_shape_are_named() -> None:
+    batch = mixed().batch
+    B, L = batch.input_ids.shape
+    good = torch.zeros(B, L)
+    for arguments, message in (
+        ((good[:, 1:], good), f"token_logit: expected shape {(B, L)}, got shape {(B, L - 1)}."),
+        ((good, good[1:]), f"logsumexp: expected shape {(B, L)}, got shape {(B - 1, L)}."),
+    ):
+        with pytest.raises(ValueError) as error:
+            TokenStats.from_columns(*arguments, batch)
+        assert str(error.value) == message
+    with pytest.raises(ValueError, match=r"^hidden: expected shape "):
+        TokenStats.from_hidden(torch.zeros(B, L - 1, 3), torch.zeros(4, 3), batch)
+    with pytest.raises(ValueError, match=r"^input_ids: expected actions from 0 to 0, got "):
+        TokenStats.from_hidden(torch.zeros(B, L, 3), torch.zeros(1, 3), batch)

@@ -1,7 +1,8 @@
-"""Factories for check_trainer around TRL's own trainers.
+"""Factories for check_trainer around the package's own trainer and TRL's.
 
 Their data preparation, collator, fused head, accumulation and optimiser loop all run.
 
+    shiq()        ShiQTrainer: token ids, its reference's statistics precomputed
     trl_dpo()     DPOTrainer: pairs as text, tokenised and collated by it
     trl_rloo()    RLOOTrainer: prompts as text; it calls generate, which says listed answers; rewards by walking the automaton
     trl_grpo()    GRPOTrainer, without division by the standard deviation
@@ -26,7 +27,9 @@ from transformers.utils import logging
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from shiq_lab.checks.trainer.rows import Example, TrainerConfig
+from shiq_lab.hf.config import ShiQConfig
 from shiq_lab.hf.tabular import TabularLM, make_tokenizer
+from shiq_lab.hf.trainer import Rows, ShiQTrainer
 from shiq_lab.mdp import TokenMDP
 
 
@@ -110,6 +113,91 @@ def texts(rows: Sequence[Example], decode: Callable[..., str]) -> list[dict[str,
     """The examples as TRL's text columns; a tokenizer of the automaton reads the same ids back."""
     names = {"prompt_ids": "prompt", "chosen_ids": "chosen", "rejected_ids": "rejected"}
     return [{name: decode(row[key]) for key, name in names.items() if key in row} for row in rows]
+
+
+class RecordedShiQ(ShiQTrainer):
+    """ShiQTrainer that adds its losses up as they are: the engine's own sum is float32."""
+
+    total = 0.0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The engine's."""
+        loss = super().training_step(*args, **kwargs)
+        self.total += float(loss)
+        return loss
+
+
+class ShiQLoop:
+    """ShiQTrainer on examples of token ids. Every call of step is a call of its train()."""
+
+    def __init__(self, model: Any, ref_model: Any, dataset: Sequence[Example], config: TrainerConfig, **options: Any) -> None:
+        self.model, self.config = model, config
+        self.folder = own_folder(self)
+        self.optimizer = RecordedSGD(model.table, config.lr)
+        arguments = common_arguments(config, self.folder, config.batch_size or len(dataset))
+        self.packing = max(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in dataset) * 2
+        with quiet():
+            args = ShiQConfig(
+                **arguments, gamma=config.gamma, padding_side=config.padding_side,
+                packing=self.packing if config.packing else None, **options,
+            )  # fmt: skip
+            given = [{k: v for k, v in row.items() if k in ROW_COLUMNS} for row in dataset]
+            self.trainer = RecordedShiQ(model, args, given, ref_model=ref_model, optimizers=(self.optimizer, None))
+        self.trainer.pad_id = config.pad_id
+        self.trainer.remove_callback(PrinterCallback)
+        self.prepared: Any = self.trainer.train_dataset
+
+    @property
+    def gradient(self) -> Tensor:
+        """Of the table, summed over the steps of the last call."""
+        return self.optimizer.total
+
+    def _some(self, rows: Sequence[Example]) -> Rows:
+        index = [row["index"] for row in rows]
+        reference = None if self.prepared.reference is None else [self.prepared.reference[i] for i in index]
+        return Rows([self.prepared.rows[i] for i in index], reference)
+
+    def step(self, rows: Sequence[Example]) -> float:
+        """One pass over the rows, in as many optimiser steps as the configuration makes of them."""
+        self.optimizer.total = torch.zeros_like(self.model.table)
+        self.trainer.train_dataset = self._some(rows)
+        if self.config.batch_size is None:
+            self.trainer.args.per_device_train_batch_size = self.trainer._train_batch_size = len(rows)
+        self.trainer.args.max_steps = len(self.config.micro_batches(rows))
+        self.trainer.total = 0.0
+        with quiet():
+            self.trainer.train()
+        return self.trainer.total / self.trainer.args.max_steps
+
+    def evaluate(self, rows: Sequence[Example]) -> float:
+        """The trainer's own evaluation of the rows."""
+        self.trainer.args.per_device_eval_batch_size = len(rows)
+        with quiet():
+            return float(self.trainer.evaluate(self._some(rows))["eval_loss"])
+
+
+ROW_COLUMNS = ("prompt_ids", "completion_ids", "completion_mask", "rewards", "terminated", "group")
+
+
+def shiq(make_model: Callable[..., Any] = TabularLM.from_logits, **options: Any) -> Any:
+    """A factory for ShiQTrainer; options are ShiQConfig's. make_model: of which models, transformers' or the package's own."""
+
+    def factory(model: Any, ref_model: Any, dataset: Sequence[Example], config: TrainerConfig) -> ShiQLoop:
+        return ShiQLoop(model, ref_model, dataset, config, **options)
+
+    same: dict[str, Any] = {"fused": False, "reference": "model"}
+    if make_model == TabularLM.from_logits:
+        same["gradient_checkpointing"] = True
+    factory.__name__ = "ShiQTrainer"
+    factory.trainer_traits = {  # type: ignore[attr-defined]
+        "kind": "bellman",
+        "make_model": make_model,
+        "padding": ("right", "left"),
+        "packing": True,
+        "options": {"n_steps": 1},
+        "same": same,
+    }
+    return factory
 
 
 class TRLPreference:

@@ -1,0 +1,129 @@
+"""`shiq-lab train-hf`: a YAML file to a trained model; what is wrong in it is one line that names the entry."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny random model, a tokenizer of ten words, rows, and a configuration of them."""
+    import yaml
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<s>", "</s>", "one", "two", "three", "four", "plus", "is", "what", "?"]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>").save_pretrained(
+        tmp_path / "model"
+    )
+    torch.manual_seed(0)
+    size: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **size)).save_pretrained(tmp_path / "model")
+    rows = [
+        {"prompt": "what is one plus two ?", "completion": said, "reward": paid}
+        for said, paid in (("three", 1.0), ("four", -1.0), ("one plus two is three", 0.5))
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    trainer = {
+        "output_dir": "out", "beta": 0.5, "max_steps": 4, "per_device_train_batch_size": 3, "learning_rate": 1e-2,
+        "use_cpu": True, "report_to": [], "save_steps": 2, "logging_steps": 1, "disable_tqdm": True, "reference_cache": "reference",
+        "dataloader_pin_memory": False,
+    }  # fmt: skip
+    said = {"model": "model", "data": {"train": "rows.jsonl", "eval": "rows.jsonl"}, "trainer": trainer}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(said))
+    return tmp_path
+
+
+def changed(folder: Path, **entries: Any) -> Path:
+    """A copy of the configuration with other entries; a dotted name reaches inside."""
+    import yaml
+
+    said = yaml.safe_load((folder / "config.yaml").read_text())
+    for name, value in entries.items():
+        outer, dot, inner = name.partition("__")
+        if dot:
+            said[outer][inner] = value
+        elif value is None:
+            del said[name]
+        else:
+            said[name] = value
+    path = folder / "changed.yaml"
+    path.write_text(yaml.safe_dump(said))
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
+    from shiq_lab import cli
+
+    monkeypatch.setattr("sys.argv", ["shiq-lab", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr()
+    return int(ended.value.code or 0), said.out, said.err
+
+
+def test_train_and_go_on(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss falls, the model is saved, the reference is kept; a second call finds the run done, --fresh repeats it."""
+    code, out, _ = run(capsys, monkeypatch, "train-hf", str(folder / "config.yaml"), "--json")
+    found = json.loads(out[out.index('{"') :].splitlines()[-1])
+    assert code == 0 and (folder / "out/model.safetensors").exists() and list((folder / "reference").iterdir())
+    assert found["eval_loss"] < 0.9 * (1 + 1 + 0.25 * 6) / 3, "at the reference the loss is the mean of sums of squared rewards"
+    weights = (folder / "out/model.safetensors").read_bytes()
+    code, out, _ = run(capsys, monkeypatch, "train-hf", str(folder / "config.yaml"))
+    assert code == 0 and (folder / "out/model.safetensors").read_bytes() == weights
+    run(capsys, monkeypatch, "train-hf", str(folder / "config.yaml"), "--fresh")
+    assert (folder / "out/model.safetensors").read_bytes() == weights, "same seed, same numbers"
+
+
+def test_lora_and_eval_need_no_more(folder: Path) -> None:
+    """An adapter is trained and saved; without an eval file nothing is evaluated."""
+    from shiq_lab.hf import run as runs
+
+    found = runs.train(runs.read(changed(folder, lora={"r": 2}, data={"train": "rows.jsonl"})))
+    assert "eval_loss" not in found and (folder / "out/adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"modle": "x"},
+         "CONFIG: expected entries among model, data, trainer, ref_model, tokenizer, chat_template, dtype, lora, "
+         "got 'modle'. Did you mean 'model'?"),
+        ({"model": None}, "model: expected an entry in the file, got nothing."),
+        ({"dtype": "float31"}, "dtype: expected one of float32, bfloat16, float16, got 'float31'. Did you mean 'float32'?"),
+        ({"trainer__betta": 0.1}, "trainer.betta: expected a setting, got 'betta'. Did you mean 'beta'?"),
+        ({"trainer__beta": -1.0}, "beta: expected a finite number > 0, got -1.0."),
+        ({"trainer__output_dir": None}, "trainer.output_dir: expected a folder, got nothing."),
+        ({"data__trian": "x"}, "data.trian: expected a setting, got 'trian'. Did you mean 'train'?"),
+        ({"data": {"eval": "rows.jsonl"}}, "data.train: expected a file of examples, got nothing."),
+        ({"data": {"train": "rows.jsonl", "format": "ultrafeed"}},
+         "data.format: expected a format, got 'ultrafeed'. Did you mean 'ultrafeedback'?"),
+        ({"lora": {"target_module": "q_proj"}},
+         "lora.target_module: expected a setting of peft.LoraConfig, got 'target_module'. Did you mean 'target_modules'?"),
+        ({"chat_template": "none.jinja"}, "chat_template: expected an existing file, got "),
+        ({"data": {"train": "config.yaml"}}, "data: expected JSON lines (.jsonl), JSON (.json) or Parquet (.parquet), got "),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)  # fmt: skip
+def test_what_is_wrong_is_named(
+    entries: dict[str, Any], message: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = run(capsys, monkeypatch, "train-hf", str(changed(folder, **entries)))
+    assert code == 2 and "Traceback" not in err
+    assert " ".join(err.split()).startswith(f"error {message}"), err
+    assert not (folder / "out").exists(), "nothing is written before the first step"
+
+
+def test_no_file_and_no_yaml(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "broken.yaml").write_text("model: [")
+    (folder / "list.yaml").write_text("- a")
+    for name, said in (("none.yaml", "No such file"), ("broken.yaml", "expected a YAML file"), ("list.yaml", "a mapping with")):
+        code, _, err = run(capsys, monkeypatch, "train-hf", str(folder / name))
+        assert code == 2 and said in " ".join(err.split())
