@@ -6,7 +6,7 @@ the model's own forward, so wrappers (DDP, FSDP, PEFT, autocast) see an ordinary
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -17,6 +17,8 @@ from transformers.modeling_outputs import ModelOutput
 from shiq_lab.batch import TokenBatch
 from shiq_lab.errors import bad
 from shiq_lab.stats import TokenStats, columns, scored
+
+PROBE = 64  # tokens of a row that check_fused looks at
 
 
 @dataclass
@@ -144,13 +146,17 @@ def statistics(model: nn.Module, batch: TokenBatch, *, fused: bool, among: Tenso
     return TokenStats.from_columns(found.pair.real, found.pair.imag, batch)
 
 
-def check_fused(model: nn.Module, batch: TokenBatch, among: Tensor | None = None) -> float:
+def check_fused(model: nn.Module, batch: TokenBatch) -> float:
     """The largest relative difference between the fused road and the model's own logits; ValueError past its rounding.
 
     A head that does more than this file knows of (another scale, a second projection) would train another model in silence.
+    Asked of the beginnings of two rows, every token of them: as many logits as even a large vocabulary allows.
     """
+    ids, real = batch.input_ids[:2, :PROBE], batch.attention_mask[:2, :PROBE]
+    every = real * (real.cumsum(1) > 1)
+    few = TokenBatch(ids, real, every, torch.zeros(ids.shape, device=ids.device), torch.ones_like(ids[:, 0]) == 1)
     with torch.no_grad():
-        both = [statistics(model, batch, fused=fused, among=among) for fused in (True, False)]
+        both = [statistics(model, few, fused=fused) for fused in (True, False)]
     pairs = [(a.double(), b.double()) for a, b in zip(*((s.token_logit, s.logsumexp) for s in both), strict=True)]
     size = max(1.0, *(b.abs().max().item() for _, b in pairs))
     worst = max((a - b).abs().max().item() for a, b in pairs) / size
@@ -162,6 +168,28 @@ def check_fused(model: nn.Module, batch: TokenBatch, among: Tensor | None = None
     if not worst <= bound:
         found = f"a relative difference of {worst:.3g} (bound {bound:.1g})"
         raise bad("fused", "statistics equal to those of the model's own logits", found, "Set fused: false.")
+    return worst
+
+
+def check_packed(model: nn.Module, batch: TokenBatch, *, fused: bool, among: Tensor | None = None) -> float:
+    """How far later segments' numbers move, relative to the largest, when every row's first segment says something else.
+
+    Masked attention multiplies what it must not see by 0, so nothing moves; a recurrent layer (Mamba and its hybrids) carries
+    its state over from segment to segment, and attention told of its segments in another way may leak too: a ValueError.
+    """
+    if batch.segment_ids is None:
+        return 0.0
+    silenced = torch.where(batch.segment_ids == 1, batch.input_ids[:, :1], batch.input_ids)
+    with torch.no_grad():
+        both = [statistics(model, b, fused=fused, among=among) for b in (batch, replace(batch, input_ids=silenced))]
+    later = batch.segment_ids[:, 1:] > 1
+    a, b = (s.logsumexp[later].double() for s in both)
+    size = max(1.0, a.abs().max().item()) if len(a) else 1.0
+    worst = (a - b).abs().max().item() / size if len(a) else 0.0
+    bound = 4 * torch.finfo(next(model.parameters()).dtype).eps  # tokens of a mixture of experts are summed in another order
+    if not worst <= bound:
+        found = f"numbers that move by {worst:.2g} with the segment before (bound {bound:.1g})"
+        raise bad("packing", "a model that keeps packed segments apart", found, "Set packing: null.")
     return worst
 
 

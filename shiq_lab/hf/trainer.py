@@ -104,6 +104,7 @@ class ShiQTrainer(Trainer):
         dtype = next(p for p in model.parameters() if p.is_floating_point()).dtype
         self.number = torch.float64 if dtype == torch.float64 else torch.float32
         self.sums: dict[str, Tensor] = {}
+        self.checked = False
         parts = [self._rows(data, processing_class, args, f"{name}_dataset") for name, data in
                  (("train", train_dataset), ("eval", eval_dataset))]  # fmt: skip
         super().__init__(
@@ -203,7 +204,7 @@ class ShiQTrainer(Trainer):
                 batch = token_batch(collate(some, pad_id=self.pad_id, dtype=self.number)).to(self.args.device)
                 fused = self.fused and not heads.why_not(model)
                 if i == 0 and fused:
-                    heads.check_fused(model, batch.select(slice(0, 2)), self.among)
+                    heads.check_fused(model, batch)
                 found += of_batch(heads.statistics(model, batch, fused=fused, among=self.among), some)
         model.train(training)
         return found
@@ -241,6 +242,8 @@ class ShiQTrainer(Trainer):
     ) -> Any:
         """The method's summed loss over the step's rows or tokens; times the processes, over which gradients are averaged."""
         batch = token_batch(inputs)
+        if not self.checked:
+            self._check_model(model, batch)
         stats, ref = self.both_statistics(model, batch, inputs)
         loss = self.args.method.loss(stats, ref, batch, reduction="sum", **self.args.loss_options)
         self._add_up(stats, ref, batch, inputs["sides"], "train" if model.training else "eval")
@@ -249,6 +252,16 @@ class ShiQTrainer(Trainer):
         else:
             loss = loss / num_items_in_batch * self.accelerator.num_processes
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def _check_model(self, model: nn.Module, batch: TokenBatch) -> None:
+        """The first batch tells whether the fused road and packing give what the model itself computes."""
+        self.checked, training = True, model.training
+        model.eval()
+        with self.accelerator.autocast():
+            if self.fused:
+                heads.check_fused(model, batch)
+            heads.check_packed(model, batch, fused=self.fused, among=self.among)
+        model.train(training)
 
     def both_statistics(
         self, model: nn.Module, batch: TokenBatch, inputs: Mapping[str, Tensor]
@@ -339,11 +352,12 @@ class ShiQTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------ checkpoints
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The engine's checkpoint, and which reference it was trained against."""
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        """Which reference the run is against, and the engine's checkpoint, whose own last file says that it is whole."""
         if self.args.should_save and self.reference_hash:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / REFERENCE_FILE).write_text(json.dumps({"reference": self.reference_hash}))
+        super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Refuses a checkpoint that was trained against another reference."""
