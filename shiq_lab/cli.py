@@ -618,6 +618,23 @@ def _needs_hf() -> Iterator[None]:
         raise bad("shiq-lab", "the extra hf", f"no module {error.name!r}", 'pip install "shiq-lab[hf]"') from None
 
 
+@app.command("preflight")
+def look_before_training(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="The YAML file of train-hf.")],
+    rows: Annotated[int, typer.Option(help="How many rows of the data at most.")] = 16,
+    show: Annotated[int, typer.Option(help="How many of them to print, token by token.")] = 2,
+    json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="The report as JSON; - prints it.")] = None,
+    junit: Annotated[str | None, typer.Option(metavar="FILE", help="The report as JUnit XML.")] = None,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="The report as one HTML file.")] = None,
+    markdown: Annotated[str | None, typer.Option(metavar="FILE", help="A summary in Markdown.")] = None,
+) -> None:
+    """Before the large run: your model, template, data and settings, one step, on a CPU. Exit 0: all checks hold; 1; 2."""
+    with _needs_hf():
+        from shiq_lab.hf import preflight
+    files = {"json": json_, "junit": junit, "html": html, "markdown": markdown}
+    raise typer.Exit(preflight.run_command(config, rows=rows, show_rows=show, **files, out=out, err=err))
+
+
 @app.command("train-hf")
 def train_full_size(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file: model, data, trainer.")],

@@ -235,14 +235,14 @@ def test_a_digest_that_is_not_checked_is_seen(small_parts: Any, tmp_path: Path, 
     number = flat(hf_worker.made_up(rows[2:4]))[0].tobytes()
     data[bytes(data).index(number) + 6] ^= 1
     path.write_bytes(bytes(data))
-    plain = small_parts._read
+    plain = small_parts.read_part
 
     def trusting(where: Path, some: Any) -> Any:
         content = where.read_bytes()
         monkeypatch.setattr(small_parts.hashlib, "sha256", _always(content[:64], small_parts.hashlib.sha256, content[64:]))
         return plain(where, some)
 
-    monkeypatch.setattr(small_parts, "_read", trusting)
+    monkeypatch.setattr(small_parts, "read_part", trusting)
     monkeypatch.setattr("zipfile.ZipExtFile._update_crc", lambda *_: None)  # the archive has a checksum of its own
     found = small_parts.statistics_of(rows, hf_worker.made_up, tmp_path)
     assert not np.array_equal(flat(found), flat(hf_worker.made_up(rows)))

@@ -33,8 +33,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     trainer = {
         "output_dir": "out", "beta": 0.5, "max_steps": 4, "per_device_train_batch_size": 3, "learning_rate": 1e-2,
-        "use_cpu": True, "report_to": [], "save_steps": 2, "logging_steps": 1, "disable_tqdm": True, "reference_cache": "reference",
-        "dataloader_pin_memory": False,
+        "use_cpu": True, "report_to": [], "save_steps": 2, "logging_steps": 1, "disable_tqdm": True,
+        "reference_cache": "reference", "dataloader_pin_memory": False,
     }  # fmt: skip
     said = {"model": "model", "data": {"train": "rows.jsonl", "eval": "rows.jsonl"}, "trainer": trainer}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(said))

@@ -136,7 +136,7 @@ def test_wrong_statistics_are_named() -> None:
 @given(case=cases(), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_hidden_states_give_what_their_logits_give(case: Case, seed: int) -> None:
-    """Fused or from logits: the same numbers and the same gradients by hidden states and head; NaN in padding reaches neither."""
+    """Fused or from logits: the same numbers and gradients by hidden states and head; NaN in padding reaches neither."""
     rng = torch.Generator().manual_seed(seed)
     batch, V = case.batch, case.logits.shape[-1]
     where, _ = scored(batch)

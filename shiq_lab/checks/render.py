@@ -280,7 +280,7 @@ TONES = {PASSED: "passed", FAILED: "failed", WARNED: "warned", SKIPPED: "skipped
 def as_html(outcomes: Sequence[Outcome]) -> str:
     """One file that needs nothing else: a row a check, failures open; light or dark as the reader's device is set."""
     good = bool(outcomes) and all(o.passed for o in outcomes)
-    title = f"shiq-lab check: {'all checks hold' if good else 'not all checks hold'}"
+    title = f"shiq-lab: {'all checks hold' if good else 'not all checks hold'}"
     body = "\n".join(_section(outcome) for outcome in outcomes)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -104,13 +104,14 @@ def statistics_of(
     folder.mkdir(parents=True, exist_ok=True)
     mine = [(i, part) for i, part in enumerate(parts) if i % world == rank]
     for i, part in progress(mine, "reference"):
-        if _read(folder / f"{i:06d}", part) is None:
-            _write(folder / f"{i:06d}", compute(part), part)
+        if read_part(folder / f"{i:06d}", part) is None:
+            write_part(folder / f"{i:06d}", compute(part), part)
     wait()
-    return [found for i, part in enumerate(parts) for found in _read(folder / f"{i:06d}", part) or compute(part)]
+    return [found for i, part in enumerate(parts) for found in read_part(folder / f"{i:06d}", part) or compute(part)]
 
 
-def _write(path: Path, found: Sequence[Reference], rows: Sequence[Row]) -> None:
+def write_part(path: Path, found: Sequence[Reference], rows: Sequence[Row]) -> None:
+    """A part's rows to its file, whole or not at all."""
     content = io.BytesIO()
     arrays: dict[str, Any] = {name: np.concatenate([getattr(f, name) for f in found]) for name in ("token_logit", "logsumexp")}
     arrays |= {"end_logsumexp": np.array([f.end_logsumexp for f in found]), "rows": np.array(data_hash(rows))}
@@ -124,7 +125,7 @@ def _write(path: Path, found: Sequence[Reference], rows: Sequence[Row]) -> None:
     half.replace(path)
 
 
-def _read(path: Path, rows: Sequence[Row]) -> list[Reference] | None:
+def read_part(path: Path, rows: Sequence[Row]) -> list[Reference] | None:
     """A part's rows; None where the file is missing or damaged."""
     if not path.exists():
         return None

@@ -179,13 +179,14 @@ class ShiQTrainer(Trainer):
         for part in todo:
             compute = partial(self._compute_reference, model)
             part.reference = statistics_of(
-                part.rows, compute, self._cache_folder(part.rows),
+                part.rows, compute, self.cache_folder(part.rows),
                 rank=self.args.process_index, world=self.args.world_size, wait=self.accelerator.wait_for_everyone,
             )  # fmt: skip
         if self.ref_model is not None:
             self.ref_model = None  # its two numbers a token are all that is needed
 
-    def _cache_folder(self, rows: Sequence[Row]) -> Path | None:
+    def cache_folder(self, rows: Sequence[Row]) -> Path | None:
+        """Where these rows' statistics are kept: named after the reference, the rows, and what else changes the numbers."""
         if self.args.reference_cache is None:
             return None
         among = "" if self.among is None else ",".join(map(str, self.among.tolist()))
