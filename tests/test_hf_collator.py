@@ -232,3 +232,8 @@ REFUSED = {
 def test_what_does_not_fit_is_refused(message: str) -> None:
     with pytest.raises(ValueError, match=message):
         REFUSED[message]()
+
+
+def test_a_width_that_is_a_multiple_stays() -> None:
+    """The longest row has 5 tokens: 5 is its own next multiple, of 4 it is 8."""
+    assert [collate(DATA.rows, multiple=n)["input_ids"].shape[1] for n in (1, 4, 5, 6)] == [5, 8, 5, 6]

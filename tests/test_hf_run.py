@@ -127,3 +127,93 @@ def test_no_file_and_no_yaml(folder: Path, capsys: pytest.CaptureFixture[str], m
     for name, said in (("none.yaml", "No such file"), ("broken.yaml", "expected a YAML file"), ("list.yaml", "a mapping with")):
         code, _, err = run(capsys, monkeypatch, "train-hf", str(folder / name))
         assert code == 2 and said in " ".join(err.split())
+
+
+def test_every_entry_is_obeyed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model, reference, tokenizer, template, precision and files, each another than the default, come into the job."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from shiq_lab.hf import run as runs
+
+    other = AutoModelForCausalLM.from_pretrained(folder / "model")
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    other.save_pretrained(folder / "other")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.pad_token = "<s>"
+    tokenizer.save_pretrained(folder / "words")
+    (folder / "template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    (folder / "eval.json").write_text(json.dumps(rows[:2]))
+    monkeypatch.setitem(runs.FORMATS, "ultrafeedback", lambda found: found[::-1])
+    monkeypatch.chdir(folder.parent)  # paths are relative to the file
+    entries = {"ref_model": "other", "tokenizer": "words", "chat_template": "template.jinja", "dtype": "bfloat16"}
+    data = {"train": "rows.jsonl", "eval": "eval.json", "format": "ultrafeedback"}
+    job = runs.load(runs.read(changed(folder, **entries, data=data, lora={"r": 2})), beta=0.25)
+    assert job.ref_model is not None and not any("lora_" in name for name, _ in job.ref_model.named_parameters())
+    assert torch.equal(job.ref_model.lm_head.weight, other.lm_head.weight.bfloat16())
+    assert job.model.get_base_model().lm_head.weight.dtype == torch.bfloat16
+    assert (job.tokenizer.pad_token, job.tokenizer.chat_template) == ("<s>", "{{ messages }}")
+    assert job.train == rows[::-1] and job.eval == rows[1::-1]
+    assert job.args.beta == 0.25 and Path(job.args.output_dir) == folder / "out"
+    assert Path(str(job.args.reference_cache)) == folder / "reference"
+
+
+def test_parquet_is_read(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    from shiq_lab.hf import run as runs
+
+    rows = [
+        {"prompt_ids": [1, 2], "completion_ids": [3], "reward": 0.5},
+        {"prompt_ids": [4], "completion_ids": [5], "reward": 1.0},
+    ]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    assert runs.examples(tmp_path / "rows.parquet") == rows
+
+
+def test_a_run_goes_on_from_its_checkpoint(folder: Path) -> None:
+    """Two steps, then two more: the steps of the first run are not repeated, and --fresh does repeat them."""
+    from shiq_lab.hf import run as runs
+
+    def logged(resume: bool, steps: int) -> list[tuple[int, float]]:
+        runs.train(runs.read(changed(folder, trainer__max_steps=steps)), resume=resume)
+        state = json.loads((folder / f"out/checkpoint-{steps}/trainer_state.json").read_text())
+        return [(log["step"], log["loss"]) for log in state["log_history"] if "loss" in log]
+
+    first = logged(True, 2)
+    assert len(first) == 2
+    mark = folder / "out/checkpoint-2/trainer_state.json"
+    mark.write_text(mark.read_text().replace(f'"loss": {first[0][1]}', '"loss": 77.0'))
+    assert logged(True, 4)[0] == (1, 77.0)  # the first run's own record goes on
+    assert logged(False, 4)[:2] == first
+
+
+TEXTS = {"BOM": (b"\xef\xbb\xbf", "a", b"\n"), "CRLF": (b"", "a", b"\r\n"), "blanks": (b"", "a\u2028b\u2029c\x85d", b"\n")}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_lines_end_at_line_feeds_alone(name: str, tmp_path: Path) -> None:
+    """JSON may hold U+2028 and its like as they are, and texts from the web do: str.splitlines would cut them in two."""
+    from shiq_lab.hf import run as runs
+
+    start, prompt, end = TEXTS[name]
+    said = {"prompt": prompt, "completion": "b", "reward": 1}
+    line = json.dumps(said, ensure_ascii=False).encode()
+    (tmp_path / "rows.jsonl").write_bytes(start + line + end + end + line + end)
+    assert runs.examples(tmp_path / "rows.jsonl") == [said, said]
+    (tmp_path / "rows.json").write_bytes(start + b"[" + line + b"]")
+    assert runs.examples(tmp_path / "rows.json") == [said]
+
+
+@pytest.mark.parametrize(
+    ("name", "raw"), [("a.jsonl", "\u00eb".encode("latin1")), ("a.json", b"5"), ("a.json", b"null"), ("a.jsonl", b"[" * 100000)]
+)
+def test_files_that_are_no_rows_are_named(name: str, raw: bytes, tmp_path: Path) -> None:
+    from shiq_lab.hf import run as runs
+
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(
+        ValueError, match=r"^data: expected JSON lines \(.jsonl\), JSON \(.json\) or Parquet \(.parquet\), got "
+    ):
+        runs.examples(tmp_path / name)

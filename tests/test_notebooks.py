@@ -24,7 +24,7 @@ from shiq_lab.plotting import figure
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
-OUR_IMPORTS = {"shiq_lab", "numpy", "torch", "matplotlib", "sympy"}
+OUR_IMPORTS = {"shiq_lab", "numpy", "torch", "matplotlib", "sympy", "transformers", "tokenizers"}
 # What a reader's own file may take from the standard library; nothing that leaves the machine.
 STANDARD = {"dataclasses", "functools", "itertools", "json", "math", "pathlib", "subprocess", "sys", "tempfile"}
 MACHINE = re.compile(r"/root/|/home/|/tmp/|/Users/|site-packages|\.venv|[A-Z]:\\\\")

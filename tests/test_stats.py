@@ -174,3 +174,35 @@ def test_columns_of_the_wrong_shape_are_named() -> None:
         TokenStats.from_hidden(torch.zeros(B, L - 1, 3), torch.zeros(4, 3), batch)
     with pytest.raises(ValueError, match=r"^input_ids: expected actions from 0 to 0, got "):
         TokenStats.from_hidden(torch.zeros(B, L, 3), torch.zeros(1, 3), batch)
+
+
+def test_columns_off_the_scored_positions_reach_nothing() -> None:
+    """NaN wherever `scored` is False, in a row that is all padding and marked as cut too: no value, no gradient."""
+    case = mixed().clean()
+    blank = replace(case.batch, terminated=torch.zeros_like(case.batch.terminated))
+    mask = blank.attention_mask.clone()
+    mask[0] = 0
+    batch = replace(blank, attention_mask=mask, completion_mask=blank.completion_mask * mask)
+    where, _ = scored(batch)
+    assert not where[0].any() and where.any()
+    x = torch.where(where, 1.5, torch.nan).double().requires_grad_()
+    stats = TokenStats.from_columns(x, x, batch)
+    parts = (stats.token_logit, stats.logsumexp, stats.end_logsumexp)
+    assert not any(part.isnan().any() for part in parts) and stats.end_logsumexp[0] == 0
+    (gradient,) = torch.autograd.grad(sum(part.sum() for part in parts), x)
+    assert (gradient[~where] == 0).all() and not gradient.isnan().any()
+
+
+def test_a_token_beyond_n_tokens_and_half_hidden_states() -> None:
+    """A padded head has rows that are no tokens; columns of bfloat16 states are float32's, as from_logits sums them."""
+    batch = mixed().batch
+    hidden = torch.randn(*batch.input_ids.shape, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    head = torch.randn(8, 3, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with pytest.raises(ValueError, match=r"^input_ids: expected actions from 0 to 0, got "):
+        TokenStats.from_hidden(hidden, head, batch, n_tokens=1)
+    found = TokenStats.from_hidden(hidden, head, batch)
+    plain = TokenStats.from_logits(hidden.float() @ head.float().T, batch)
+    for name in ("token_logit", "logsumexp", "end_logsumexp"):
+        a, b = getattr(found, name), getattr(plain, name)
+        # On a CPU every factor is widened first: float32's rounding of sums of three products and of eight exponentials.
+        assert a.dtype == torch.float32 and (a - b).abs().max() <= 16 * torch.finfo(torch.float32).eps * (1 + b.abs().max())

@@ -19,8 +19,7 @@ from shiq_lab.hf.collator import token_batch
 from shiq_lab.hf.preflight_data import check_data, check_mask, check_scale, check_tokens
 from shiq_lab.hf.preflight_step import check_dtype, check_step
 from shiq_lab.hf.preflight_subject import Subject, relative, reward_to_go, wrong
-from shiq_lab.hf.reference import PART
-from shiq_lab.hf.reference import read_part
+from shiq_lab.hf.reference import PART, read_part
 from shiq_lab.hf.rows import Row, cut_row
 from shiq_lab.losses import steps
 from shiq_lab.losses.shiq import shiq_gradient

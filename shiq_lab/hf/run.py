@@ -16,7 +16,6 @@ Paths are relative to the file. With several processes: accelerate launch $(whic
 """
 
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from torch import nn
 
 from shiq_lab.errors import bad, unknown
 from shiq_lab.hf import smollm, ultrafeedback
+from shiq_lab.hf.adapters import lora_config, with_lora
 from shiq_lab.hf.config import ShiQConfig
 from shiq_lab.hf.trainer import ShiQTrainer, last_checkpoint
 
@@ -120,12 +120,12 @@ def examples(path: Path, form: str | None = None) -> Examples:
 
 
 def _from_json(path: Path) -> Examples:
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
             return list(json.loads(text))
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
+        return [json.loads(line) for line in text.split("\n") if line.strip()]  # texts may hold other line separators
+    except (ValueError, TypeError, RecursionError) as error:
         raise bad("data", "JSON lines (.jsonl), JSON (.json) or Parquet (.parquet)", f"{str(path)!r}: {error}") from None
 
 
@@ -143,11 +143,11 @@ def load(config: Config, **overrides: Any) -> Job:
         raise bad("trainer", "settings of ShiQConfig", str(error)) from None
     form = config.data.get("format")  # what is cheap first: a wrong path must not wait for the weights
     data = {name: examples(config.folder / config.data[name], form) for name in ("train", "eval") if config.data.get(name)}
-    adapter = None if config.lora is None else _adapter(config.lora)
+    lora = None if config.lora is None else lora_config(config.lora)
     tokenizer = _tokenizer(config)
     model = _model(config, config.model)
     ref_model = None if config.ref_model is None else _model(config, config.ref_model)
-    model = model if adapter is None else adapter(model)
+    model = model if lora is None else with_lora(model, lora)
     return Job(config, model, ref_model, tokenizer, args, data["train"], data.get("eval"))
 
 
@@ -181,21 +181,6 @@ def _tokenizer(config: Config) -> Any:
             raise bad("chat_template", "an existing file", repr(str(path)))
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     return tokenizer
-
-
-def _adapter(lora: Mapping[str, Any]) -> Callable[[nn.Module], nn.Module]:
-    """What puts a PEFT adapter on a model."""
-    from peft import LoraConfig, get_peft_model
-
-    known = [f.name for f in fields(LoraConfig)]
-    for key in lora:
-        if key not in known:
-            raise unknown(f"lora.{key}", "a setting of peft.LoraConfig", key, known)
-    try:
-        settings = LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **lora})
-    except (TypeError, ValueError) as error:
-        raise bad("lora", "settings that fit together", _line(error)) from None
-    return lambda model: get_peft_model(model, settings)
 
 
 def _line(error: BaseException) -> str:

@@ -8,6 +8,8 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +60,25 @@ def unpacked(cache: Path = CACHE) -> Path:
     return folder
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside, transformers shows no progress bar for what takes two seconds."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def load(dtype: torch.dtype = torch.float32, cache: Path = CACHE) -> tuple[Any, Any]:
     """(model, tokenizer), the model in eval mode; 134.5 M parameters, vocabulary 49,152."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = unpacked(cache)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    with without_bars():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)

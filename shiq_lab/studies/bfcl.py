@@ -22,7 +22,6 @@ from shiq_lab.studies.statistics import interval, said
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SCORES = {
     "reference": "mean log-probability, before",
     "policy": "mean log-probability, after",
@@ -53,12 +52,14 @@ def run(model: Any, tokenizer: Any, settings: Settings, seed: int) -> Numbers:
     """The same with any model of the transformers library and its tokenizer."""
     from transformers import PrinterCallback
 
+    from shiq_lab.hf.adapters import on_last_layers
     from shiq_lab.hf.trainer import ShiQTrainer
 
     (train, _), (held, about) = data(tokenizer, settings, seed)
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         torch.manual_seed(seed)
-        trainer = ShiQTrainer(adapted(model, settings), config(settings, seed, folder), train, held, processing_class=tokenizer)
+        model = on_last_layers(model, settings["layers"], settings["rank"])
+        trainer = ShiQTrainer(model, config(settings, seed, folder), train, held, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
         before, _ = scores(trainer, range(min(CHECKED, len(held))))
         trainer.train()
@@ -89,16 +90,6 @@ def data(tokenizer: Any, settings: Settings, seed: int) -> list[tuple[list[Any],
         about = [{key: example[key] for key in ("entry", "kind", "right", "rewards")} for _, example in both]
         out.append(([row for row, _ in both], about))
     return out
-
-
-def adapted(model: Any, settings: Settings) -> Any:
-    """LoRA on every linear map of the last layers."""
-    from peft import LoraConfig, get_peft_model
-
-    depth = model.config.num_hidden_layers
-    layers = list(range(depth - min(depth, settings["layers"]), depth))
-    rank = settings["rank"]
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEAR, layers_to_transform=layers))
 
 
 def config(settings: Settings, seed: int, folder: str) -> Any:

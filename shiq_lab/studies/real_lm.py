@@ -12,7 +12,6 @@ of the weights as they were published (the model comes out of a 4-bit file).
 """
 
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
 PROMPTS = ("The film was", "This soup is", "Her new book is", "Your idea is")
 WORDS = (" not", " very", " good", " bad")
 DEPTH, BETA = 3, 1.0
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KL_FALLS, Q_FALLS = 20, 5  # what is asked of ShiQ; of the others' KL less, as they start slower
 OTHERS_FALL = 5
 ROUNDING = 64 * 2.0**-23  # of the largest logit: each of the 60 sublayers rounds the residual stream once in float32
@@ -110,16 +108,9 @@ def adapted(model: nn.Module, settings: Settings) -> nn.Module:
     """The model with LoRA on every linear map of its last layers; rank None: as it is, so that every weight is trained."""
     if settings["rank"] is None:
         return model
-    from peft import LoraConfig, get_peft_model
+    from shiq_lab.hf.adapters import on_last_layers
 
-    layers, last = int(model.config.num_hidden_layers), settings["layers"]  # type: ignore[union-attr, arg-type]
-    lora = LoraConfig(
-        r=settings["rank"], lora_alpha=2 * settings["rank"], target_modules=LINEAR,
-        layers_to_transform=list(range(max(0, layers - last), layers)),
-    )  # fmt: skip
-    with warnings.catch_warnings():  # of one library about another
-        warnings.simplefilter("ignore", FutureWarning)
-        return get_peft_model(model, lora)
+    return on_last_layers(model, settings["layers"], settings["rank"])
 
 
 def trainer_of(problem: "Restricted", model: nn.Module, loss: str, settings: Settings, seed: int, folder: str) -> Any:
@@ -312,7 +303,7 @@ REAL_LM = Study(
         "seeds": 2, "losses": ["ShiQ", "DPO", "DRO-V"], "updates": 240, "batch": 16, "rate": 3e-3, "rank": 16, "layers": 10,
         "marks": 12,
     },
-    fast={"seeds": 2, "losses": ["ShiQ"], "updates": 40, "marks": 4},
+    fast={"seeds": 1, "losses": ["ShiQ"], "updates": 40, "marks": 4},
     cases=cases,
     measure=measure,
     summarise=summarise,

@@ -9,13 +9,15 @@ from shiq_lab.studies.horizon import HORIZON
 from shiq_lab.studies.metric import METRIC
 from shiq_lab.studies.multi_turn import MULTI_TURN, MULTI_TURN_TINY
 from shiq_lab.studies.off_policy import OFF_POLICY, OFF_POLICY_TINY
+from shiq_lab.studies.real_lm import REAL_LM
 from shiq_lab.studies.reward_kl import REWARD_KL
 from shiq_lab.studies.reward_level import REWARD_LEVEL
+from shiq_lab.studies.scale import SCALE
 from shiq_lab.studies.tiny_truth import TINY
 
 _ALL: tuple[Study, ...] = (
     TINY, EVERY_LOSS, REWARD_KL, ABLATION, ABLATION_TINY, OFF_POLICY, OFF_POLICY_TINY, REWARD_LEVEL, HORIZON, MULTI_TURN,
-    MULTI_TURN_TINY, DATA_SIZE, METRIC,
+    MULTI_TURN_TINY, DATA_SIZE, METRIC, REAL_LM, SCALE,
 )  # fmt: skip
 STUDIES: dict[str, Study] = {study.name: study for study in _ALL}
 
