@@ -367,7 +367,7 @@ def test_a_run_is_not_continued_against_another_reference(reference: Any, tmp_pa
     more: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     hf_worker.trainer(hf_worker.llama(), hf_worker.rows(8), tmp_path, **more).train()
     said = reference.fingerprint(hf_worker.llama())
-    assert json.loads((tmp_path / "checkpoint-1" / "shiq_reference.json").read_text()) == {"reference": said}
+    assert json.loads((tmp_path / "checkpoint-1" / "shiq_reference.json").read_text())["reference"] == said
     hf_worker.trainer(hf_worker.llama(), hf_worker.rows(8), tmp_path, **more).train(str(tmp_path / "checkpoint-1"))
     other = hf_worker.trainer(hf_worker.llama(1), hf_worker.rows(8), tmp_path, **more)
     with pytest.raises(ValueError) as caught:
@@ -375,3 +375,15 @@ def test_a_run_is_not_continued_against_another_reference(reference: Any, tmp_pa
     remedy = "Make the trainer with the model that the run began with; the checkpoint's weights are loaded on top."
     expected = f"expected a run against this reference, got one against {said[:12]}"
     assert str(caught.value) == f"resume_from_checkpoint: {expected}. {remedy}"
+
+
+def test_a_run_that_goes_on_otherwise_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another beta or other data than at the beginning: one warning that names them; the same: none."""
+    more: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    hf_worker.trainer(hf_worker.llama(), hf_worker.rows(8), tmp_path, **more).train()
+    for count, changes, told in ((8, {}, []), (8, {"beta": 0.3}, ["beta"]), (6, {"loss": "shifted"}, ["loss, data"])):
+        caplog.clear()
+        again = hf_worker.trainer(hf_worker.llama(), hf_worker.rows(8)[:count], tmp_path, **more, **changes)
+        again.train(str(tmp_path / "checkpoint-1"))
+        texts = [r.getMessage() for r in caplog.records if r.name == "shiq_lab.hf.trainer" and r.levelname == "WARNING"]
+        assert texts == [f"the run goes on with another {name} than it began with" for name in told]

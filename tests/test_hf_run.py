@@ -217,3 +217,53 @@ def test_files_that_are_no_rows_are_named(name: str, raw: bytes, tmp_path: Path)
         ValueError, match=r"^data: expected JSON lines \(.jsonl\), JSON \(.json\) or Parquet \(.parquet\), got "
     ):
         runs.examples(tmp_path / name)
+
+
+def test_numbers_without_a_point_are_numbers(folder: Path) -> None:
+    """YAML 1.1 reads 1e-4 as text: the commonest way to write a learning rate."""
+    from shiq_lab.hf import run as runs
+
+    path = folder / "config.yaml"
+    path.write_text(path.read_text().replace("learning_rate: 0.01", "learning_rate: 1e-4").replace("beta: 0.5", "beta: 5e-1"))
+    args = runs.load(runs.read(path)).args
+    assert (args.learning_rate, args.beta) == (1e-4, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"trainer__max_steps": "100"}, "trainer.max_steps: expected a whole number, got '100'."),
+        ({"trainer__max_steps": 2.5}, "trainer.max_steps: expected a whole number, got 2.5."),
+        ({"trainer__learning_rate": [1]}, "trainer.learning_rate: expected a number, got [1]."),
+        ({"trainer__learning_rate": "fast"}, "trainer.learning_rate: expected a number, got 'fast'."),
+        ({"trainer__disable_dropout": "false"}, "trainer.disable_dropout: expected true or false, got 'false'."),
+        ({"trainer__fused": 1}, "trainer.fused: expected true or false, got 1."),
+        ({"trainer__seed": 1.5}, "trainer.seed: expected a whole number, got 1.5."),
+        ({"trainer__packing": True}, "trainer.packing: expected a whole number, got True."),
+        ({"trainer__reference_cache": 5}, "trainer.reference_cache: expected text, got 5."),
+        ({"model": 5}, "model: expected text, got 5."),
+        ({"dtype": ["float32"]}, "dtype: expected text, got ['float32']."),
+        ({"lora": True}, "lora: expected a mapping, got True."),
+        ({"data": {"train": ["rows.jsonl"]}}, "data.train: expected text, got ['rows.jsonl']."),
+        ({"data": {"train": None}}, "data.train: expected a file of examples, got nothing."),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)  # fmt: skip
+def test_types_are_looked_at_before_any_weight(entries: dict[str, Any], message: str, folder: Path) -> None:
+    from shiq_lab.hf import run as runs
+
+    (folder / "model/model.safetensors").unlink()
+    with pytest.raises(ValueError) as error:
+        runs.load(runs.read(changed(folder, **entries)))
+    assert str(error.value) == message
+
+
+def test_weights_cut_short_are_named(folder: Path) -> None:
+    from shiq_lab.hf import run as runs
+
+    path = folder / "model/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(
+        ValueError, match=r"^model: expected a model folder, or a name on a hub that can be reached, got 'model'"
+    ):
+        runs.load(runs.read(folder / "config.yaml"))

@@ -546,3 +546,74 @@ def test_what_a_user_gets_who_says_nothing(tmp_path: Path) -> None:
     }  # fmt: skip
     args = ShiQConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     assert {name: getattr(args, name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("reduction", ["row", "token"])
+def test_the_eval_loss_does_not_depend_on_the_batch(reduction: str, tmp_path: Path) -> None:
+    """Rows of unequal weight and length, one by one, in threes, all at once: the loss that training would see of them."""
+    import hf_worker
+
+    found = []
+    for size in (1, 3, 8):
+        options = {"per_device_eval_batch_size": size, "reduction": reduction}
+        made = hf_worker.trainer(hf_worker.llama(), hf_worker.rows(8), tmp_path, **options)
+        found.append(made.evaluate(made.train_dataset)["eval_loss"])
+    whole = made.compute_loss(made.model, made.collate([made.train_dataset[i] for i in range(8)])).item()
+    assert found == pytest.approx([whole] * 3, rel=1e-12)
+
+
+def test_a_step_of_rows_without_weight_changes_nothing(tmp_path: Path) -> None:
+    """A weight of 0 is allowed, and chance may put only such rows into a step: 0 / 0 made every weight NaN, logged as 0."""
+    from dataclasses import replace
+
+    import hf_worker
+
+    rows = [replace(row, weight=row.weight * (i >= 4)) for i, row in enumerate(hf_worker.rows(8))]
+    model = hf_worker.llama()
+    before = hf_worker.weights(model)
+    made = hf_worker.trainer(model, rows, tmp_path, per_device_train_batch_size=4, max_steps=1)
+    made.train()
+    assert made.state.log_history[0]["loss"] == 0
+    assert all(torch.equal(weight, before[name]) for name, weight in hf_worker.weights(model).items())
+
+
+def test_a_loss_that_is_nan_is_logged_as_it_is(tmp_path: Path) -> None:
+    import hf_worker
+
+    model = hf_worker.llama()
+    made = hf_worker.trainer(model, hf_worker.rows(4), tmp_path, max_steps=1, fused=False)
+    made.checked = True
+    with torch.no_grad():
+        model.lm_head.weight[5, 0] = torch.nan
+    made.train()
+    assert made.state.log_history[0]["loss"] != made.state.log_history[0]["loss"]
+
+
+def test_rows_that_come_late_have_no_reference(tmp_path: Path) -> None:
+    """The model as it came is gone by then; and ready-made Rows keep to allowed_tokens as examples do."""
+    import hf_worker
+
+    from shiq_lab.hf.trainer import Rows
+
+    made = hf_worker.trainer(hf_worker.llama(), hf_worker.rows(4), tmp_path)
+    with pytest.raises(ValueError, match=r"^dataset: expected rows with the reference's statistics.*when it is made\.$"):
+        made.evaluate(Rows(hf_worker.rows(4)))
+    with pytest.raises(ValueError, match=r"^train_dataset row 0, column input_ids: expected actions among allowed_tokens"):
+        hf_worker.trainer(hf_worker.llama(), Rows(hf_worker.rows(4)), tmp_path, allowed_tokens=[3, 4])
+    for ids in (5, [2.0, 3.0], [True, False], [2, "3"]):
+        with pytest.raises(ValueError, match=r"^allowed_tokens: expected a list of token ids, got "):
+            hf_worker.trainer(hf_worker.llama(), hf_worker.rows(4), tmp_path, allowed_tokens=ids)
+
+
+def test_a_reference_in_memory_is_remembered_too(tmp_path: Path) -> None:
+    import hf_worker
+
+    more: dict[str, Any] = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "reference": "model"}
+    hf_worker.trainer(hf_worker.llama(), hf_worker.rows(4), tmp_path, ref_model=hf_worker.llama(1), **more).train()
+    other = hf_worker.trainer(hf_worker.llama(), hf_worker.rows(4), tmp_path, ref_model=hf_worker.llama(2), **more)
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: expected a run against this reference"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    (tmp_path / "checkpoint-best").mkdir()  # the user's own
+    from shiq_lab.hf.trainer import last_checkpoint
+
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")

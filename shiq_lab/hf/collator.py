@@ -22,11 +22,16 @@ class RowStats(Protocol):
     """The reference's numbers of one row of L tokens, as TokenStats has them of a batch."""
 
     @property
-    def token_logit(self) -> Any: ...  # float[L-1]
+    def token_logit(self) -> Any:
+        """float[L-1]: of the token taken."""
+
     @property
-    def logsumexp(self) -> Any: ...  # float[L-1]
+    def logsumexp(self) -> Any:
+        """float[L-1]: over all tokens."""
+
     @property
-    def end_logsumexp(self) -> Any: ...  # float
+    def end_logsumexp(self) -> Any:
+        """After the last token; 0 where the row ended."""
 
 
 def collate(

@@ -60,6 +60,8 @@ class ShiQConfig(TrainingArguments):
     fused: bool | None = field(default=None, metadata={"help": "Token statistics without logits in memory."})
     allowed_tokens: list[int] | None = field(default=None, metadata={"help": "Ids that the policy may say."})
     disable_dropout: bool = field(default=True, metadata={"help": "No dropout in the policy's pass."})
+    # The engine would log a NaN loss as 0.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Log NaN and infinite losses as 0."})
     # The batch's own columns are no arguments of the model's forward.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
 
@@ -93,6 +95,11 @@ class ShiQConfig(TrainingArguments):
     def method(self) -> Method:
         """The loss and what its logits mean; a ValueError where the name is unknown."""
         return methods.lookup(self.loss)
+
+    @property
+    def steps_ahead(self) -> int | None:
+        """Policy tokens before the loss bootstraps, n_steps or the method's own; None: to the end of the row."""
+        return self.method.n_steps if self.n_steps is None else self.n_steps
 
     @property
     def loss_options(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
 from shiq_lab.batch import TokenBatch
-from shiq_lab.errors import bad
+from shiq_lab.errors import bad, is_whole
 from shiq_lab.stats import TokenStats, columns, scored
 
 PROBE = 64  # tokens of a row that check_fused looks at
@@ -197,6 +197,8 @@ def allowed_tokens(ids: Sequence[int] | None, vocabulary: int) -> Tensor | None:
     """Sorted int[k] of the ids that a policy may say; ValueError for ids outside the vocabulary, twice, or fewer than two."""
     if ids is None:
         return None
+    if not isinstance(ids, Sequence) or not all(is_whole(i) for i in ids):
+        raise bad("allowed_tokens", "a list of token ids", repr(ids)[:80])
     found = sorted(ids)
     if len(found) < 2 or len(set(found)) < len(found) or found[0] < 0 or found[-1] >= vocabulary:
         raise bad("allowed_tokens", f"at least two different ids from 0 to {vocabulary - 1}", repr(list(ids))[:80])

@@ -74,7 +74,7 @@ def _tokens(s: Subject, i: int) -> dict[str, Any]:
         pushed = None
         if own is not None and s.args.loss in ("shiq", "shifted"):
             past.append(own)
-            n = s.n_steps
+            n = s.args.steps_ahead
             dropped = s.args.gamma**n * past[-1 - n] if n is not None and len(past) > n else 0.0
             pushed = before = own + s.args.gamma * before - dropped
         tokens.append(entry | {"reward": float(reward) if acts else None, "rho": own, "D": pushed})

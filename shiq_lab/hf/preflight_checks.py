@@ -85,7 +85,10 @@ def check_reference(s: Subject) -> Iterator[Measured]:
     if s.args.method.step is not steps.shifted:
         s.notes.append(f"rho at l_ref is minus the reward-to-go only for shifted logits, not for {s.args.loss}")
         return
-    to_go = {i: torch.tensor(reward_to_go(row, s.args.gamma, s.n_steps), dtype=torch.float64) for i, row in enumerate(s.rows)}
+    to_go = {
+        i: torch.tensor(reward_to_go(row, s.args.gamma, s.args.steps_ahead), dtype=torch.float64)
+        for i, row in enumerate(s.rows)
+    }
     yield s.worst("rho + reward-to-go", {i: ((x[4] + to_go[i]).abs(), s.rho_bound(i)) for i, x in s.base.items()})
     yield _loss_value(s)
 
@@ -95,7 +98,7 @@ def _loss_value(s: Subject) -> Measured:
     form, total, weight, bound = s.args.method.form, 0.0, 0.0, 0.0
     for i in s.few:
         row = s.rows[i]
-        G = reward_to_go(row, s.args.gamma, s.n_steps, cut_turns=form == "turns")
+        G = reward_to_go(row, s.args.gamma, s.args.steps_ahead, cut_turns=form == "turns")
         G = G[:1] if form == "first" else G
         total += row.weight * sum(g * g for g in G)
         bound += row.weight * sum(2 * abs(g) * s.rho_bound(i) + s.rho_bound(i) ** 2 for g in G)
@@ -201,7 +204,7 @@ def _affordable(s: Subject) -> tuple[list[int], dict[int, Row]]:
 def _closed_form(logits: Tensor, ref: TokenStats, batch: Any, s: Subject) -> Tensor:
     """F3 on the logits: what shiq_gradient says of the two numbers, times their own derivatives e_a and pi."""
     stats = TokenStats.from_logits(logits, batch)
-    by = shiq_gradient(stats, ref, batch, beta=s.args.beta, gamma=s.args.gamma, n_steps=s.n_steps)
+    by = shiq_gradient(stats, ref, batch, beta=s.args.beta, gamma=s.args.gamma, n_steps=s.args.steps_ahead)
     weights, pi = batch.weights[:, None], logits.softmax(-1)
     level = torch.zeros(logits.shape[:2], dtype=logits.dtype, device=logits.device)
     level[:, :-1] = by.logsumexp * weights

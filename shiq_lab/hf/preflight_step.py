@@ -28,7 +28,7 @@ def check_dtype(s: Subject) -> Iterator[Measured]:
     rho = {i: ((x[4] - s.base[i][4]).abs(), bounds[i]) for i, x in seen.items()}
     yield s.worst(f"drift of a token's two numbers, {coarse} against {finer}", two)
     yield s.worst(f"drift of rho, {coarse} against {finer}", rho)
-    paid = max(abs(g) for row in s.rows for g in reward_to_go(row, s.args.gamma, s.n_steps))
+    paid = max(abs(g) for row in s.rows for g in reward_to_go(row, s.args.gamma, s.args.steps_ahead))
     drift = max(float((x[4] - s.base[i][4]).abs().max()) for i, x in seen.items())
     hint = "Rounding, times beta and the tokens of a row, is as large as what is paid: a finer dtype, or a smaller beta."
     share = drift / paid if paid else math.inf

@@ -76,6 +76,7 @@ class Subject:
 
     @property
     def rows(self) -> list[Row]:
+        """The rows looked at; a Skip where the data make none."""
         if not self.picks:
             raise Skip("the data make no rows: see DATA")
         return [pick.row for pick in self.picks]
@@ -91,15 +92,12 @@ class Subject:
 
     @property
     def trainer(self) -> ShiQTrainer:
+        """The run's own trainer on these rows; a Skip where there is none."""
         if not self.picks or self._trainer is None:
             raise Skip("there is no trainer: see DATA" if not self.picks else "there is no trainer: see START")
         return self._trainer
 
     # --------------------------------------------------------------------------------------------- what a run computes
-    @property
-    def n_steps(self) -> int | None:
-        return self.args.n_steps if self.args.n_steps is not None else self.args.method.n_steps
-
     @property
     def few(self) -> list[int]:
         """The shortest rows, by number."""
@@ -153,7 +151,9 @@ class Subject:
     def _numbers(self, inputs: dict[str, Tensor]) -> dict[int, Tensor]:
         batch = token_batch(inputs)
         stats, ref = self.trainer.both_statistics(self.trainer.model, batch, inputs)
-        rho, actions = residuals_of(self.args.method.step, stats, ref, batch, self.args.beta, self.args.gamma, self.n_steps)
+        rho, actions = residuals_of(
+            self.args.method.step, stats, ref, batch, self.args.beta, self.args.gamma, self.args.steps_ahead
+        )
         four = [actions.of(x) for x in (stats.token_logit, stats.logsumexp, ref.token_logit, ref.logsumexp)]
         table = torch.stack([x.double() for x in (*four, rho)]).cpu()  # (5, B, T)
         segment, group = actions.segment.cpu(), batch.group_ids.cpu()
@@ -171,6 +171,7 @@ class Subject:
     # --------------------------------------------------------------------------------------------------------- bounds
     @property
     def dtype(self) -> torch.dtype:
+        """What the model computes in: autocast's dtype, else its weights'."""
         weights = next(p for p in self.model.parameters() if p.is_floating_point()).dtype
         named = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.trainer.accelerator.mixed_precision)
         return named if self.amp and named is not None and weights == torch.float32 else weights
@@ -235,6 +236,7 @@ class Subject:
 
     # ------------------------------------------------------------------------------------------------------ gradients
     def trainable(self) -> dict[str, nn.Parameter]:
+        """The weights that the run trains, by name."""
         return {name: p for name, p in self.trainer.model.named_parameters() if p.requires_grad}
 
     def gradient(self, backward: Callable[[], None]) -> Tensor:
@@ -296,6 +298,7 @@ def reward_to_go(row: Row, gamma: float, n_steps: int | None, cut_turns: bool = 
 
 
 def relative(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b|; inf where b is 0."""
     return float((a - b).norm() / b.norm()) if b.norm() > 0 else math.inf
 
 

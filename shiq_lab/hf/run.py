@@ -15,12 +15,14 @@
 Paths are relative to the file. With several processes: accelerate launch $(which shiq-lab) train-hf FILE.
 """
 
+import contextlib
 import json
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from shiq_lab.errors import bad, unknown
@@ -49,6 +51,12 @@ class Config:
     folder: Path = field(default=Path("."))
 
     def __post_init__(self) -> None:
+        for name in ("model", "dtype", "ref_model", "tokenizer", "chat_template"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name in ("model", "dtype")):
+                raise bad(name, "text", repr(value))
+        if self.lora is not None and not isinstance(self.lora, dict):
+            raise bad("lora", "a mapping", repr(self.lora))
         if self.dtype not in DTYPES:
             raise unknown("dtype", f"one of {', '.join(DTYPES)}", self.dtype, DTYPES)
         for name, known in (("data", ("train", "eval", "format")), ("trainer", [f.name for f in fields(ShiQConfig)])):
@@ -58,7 +66,10 @@ class Config:
             for key in value:
                 if key not in known:
                     raise unknown(f"{name}.{key}", "a setting", key, known)
-        if "train" not in self.data:
+        for name, value in self.data.items():
+            if value is not None and not isinstance(value, str):
+                raise bad(f"data.{name}", "text", repr(value))
+        if self.data.get("train") is None:
             raise bad("data.train", "a file of examples", "nothing")
         if self.data.get("format") is not None and self.data["format"] not in FORMATS:
             raise unknown("data.format", "a format", self.data["format"], FORMATS)
@@ -132,6 +143,7 @@ def _from_json(path: Path) -> Examples:
 def load(config: Config, **overrides: Any) -> Job:
     """Model, tokenizer and data of a configuration; overrides are settings of its trainer."""
     settings = {"dataloader_pin_memory": torch.cuda.is_available(), **config.trainer, **overrides}
+    settings = {name: _plain(name, value) for name, value in settings.items()}
     if settings.get("output_dir") is None:
         raise bad("trainer.output_dir", "a folder", "nothing")
     for name in ("output_dir", "reference_cache"):
@@ -151,6 +163,22 @@ def load(config: Config, **overrides: Any) -> Job:
     return Job(config, model, ref_model, tokenizer, args, data["train"], data.get("eval"))
 
 
+def _plain(name: str, value: Any) -> Any:
+    """A setting of the type that ShiQConfig declares. YAML reads 1e-4, without a point, as text: it is a number here."""
+    kind = get_type_hints(ShiQConfig)[name]
+    kinds = {k for k in get_args(kind) or (kind,) if k is not type(None)}
+    if value is None or not kinds <= {bool, int, float, str}:
+        return value
+    if isinstance(value, str) and str not in kinds and float in kinds:
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    fits = isinstance(value, tuple(kinds - {bool})) or (float in kinds and isinstance(value, int))
+    if (bool not in kinds) if isinstance(value, bool) else not fits:
+        names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+        raise bad(f"trainer.{name}", " or ".join(said for k, said in names.items() if k in kinds), repr(value))
+    return value
+
+
 def _place(config: Config, name: str) -> str:
     """A folder beside the file, the unpacked package, or a name for the hub."""
     if name == smollm.NAME:
@@ -163,7 +191,7 @@ def _model(config: Config, name: str) -> nn.Module:
 
     try:
         return AutoModelForCausalLM.from_pretrained(_place(config, name), dtype=DTYPES[config.dtype])
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise bad("model", "a model folder, or a name on a hub that can be reached", f"{name!r}: {_line(error)}") from None
 
 

@@ -37,7 +37,7 @@ REFERENCE_FILE = "shiq_reference.json"
 # Sums that the metrics are made of, added up over micro-batches, steps and processes before they are divided.
 SUMS = (
     "rows", "tokens", "dv", "rho", "abs_rho", "log_ratio", "reward",
-    "good", "good_return", "bad", "bad_return",
+    "good", "good_return", "bad", "bad_return", "loss", "size",
 )  # fmt: skip
 
 
@@ -143,11 +143,11 @@ class ShiQTrainer(Trainer):
         return ref_model.requires_grad_(False).eval()
 
     def _rows(self, data: Any, tokenizer: Any, args: ShiQConfig, name: str) -> Rows | None:
-        if data is None or isinstance(data, Rows):
-            if data is not None:
-                check_rows(data.rows, vocabulary=self.vocabulary, name=name)
-            return data
-        if isinstance(data, Sequence) and data and isinstance(data[0], Row):
+        if data is None:
+            return None
+        if isinstance(data, Rows):
+            rows = data.rows
+        elif isinstance(data, Sequence) and data and isinstance(data[0], Row):
             rows = list(data)
         else:
             names = ("max_length", "on_long", "append_eos", "end_of_turn", "template_options")
@@ -155,7 +155,7 @@ class ShiQTrainer(Trainer):
             rows = to_rows(data, tokenizer=tokenizer, vocabulary=self.vocabulary, name=name, **options)
         check_rows(rows, vocabulary=self.vocabulary, name=name)
         self._check_allowed(rows, name)
-        return Rows(rows)
+        return data if isinstance(data, Rows) else Rows(rows)
 
     def _check_allowed(self, rows: Sequence[Row], name: str) -> None:
         """Every token that the policy chose must be one that it may say."""
@@ -172,6 +172,8 @@ class ShiQTrainer(Trainer):
     def _prepare_reference(self, parts: Sequence[Rows]) -> None:
         """Each row's reference statistics, from the cache or computed now; nothing where they are made at every step."""
         todo = [part for part in parts if part.reference is None]
+        if self.args.reference == "model" and self.ref_model is not None:
+            self.reference_hash = fingerprint(self.ref_model)
         if self.args.reference != "cache" or not todo:
             return
         model = self.model if self.ref_model is None else self.ref_model.to(self.args.device)
@@ -247,11 +249,10 @@ class ShiQTrainer(Trainer):
             self._check_model(model, batch)
         stats, ref = self.both_statistics(model, batch, inputs)
         loss = self.args.method.loss(stats, ref, batch, reduction="sum", **self.args.loss_options)
-        self._add_up(stats, ref, batch, inputs["sides"], "train" if model.training else "eval")
-        if num_items_in_batch is None:
-            loss = loss / self._size(inputs)
-        else:
-            loss = loss / num_items_in_batch * self.accelerator.num_processes
+        size = self._size(inputs)
+        self._add_up(stats, ref, batch, inputs["sides"], "train" if model.training else "eval", loss, size)
+        total = size if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
+        loss = loss / (total + (total == 0))  # rows of weight 0 alone: a loss of 0, not of 0 / 0
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 
     def _check_model(self, model: nn.Module, batch: TokenBatch) -> None:
@@ -276,6 +277,9 @@ class ShiQTrainer(Trainer):
         stats = heads.statistics(model, batch, fused=self.fused, among=self.among)
         if "ref_token_logit" in inputs:
             return stats, reference_stats(inputs)
+        if self.args.reference == "cache":  # the model as it is now is not the reference
+            remedy = "Give these rows to the trainer when it is made."
+            raise bad("dataset", "rows with the reference's statistics, as reference is 'cache'", "rows without", remedy)
         with torch.no_grad(), self._as_reference(model) as reference:
             fused = self.fused and not heads.why_not(reference)
             return stats, heads.statistics(reference, batch, fused=fused, among=self.among)
@@ -300,11 +304,12 @@ class ShiQTrainer(Trainer):
             return self.compute_loss(model, inputs).detach().mean(), None, None
 
     # --------------------------------------------------------------------------------------------------- metrics
-    def _add_up(self, stats: TokenStats, ref: TokenStats, batch: TokenBatch, sides: Tensor, part: str) -> None:
+    def _add_up(
+        self, stats: TokenStats, ref: TokenStats, batch: TokenBatch, sides: Tensor, part: str, loss: Tensor, size: Tensor
+    ) -> None:
         with torch.no_grad():
             args, policy = self.args, stats.detach()
-            n_steps = args.n_steps if args.n_steps is not None else args.method.n_steps
-            rho, actions = residuals_of(args.method.step, policy, ref, batch, args.beta, args.gamma, n_steps)
+            rho, actions = residuals_of(args.method.step, policy, ref, batch, args.beta, args.gamma, args.steps_ahead)
             rows = torch.zeros(batch.terminated.shape, dtype=rho.dtype, device=rho.device)
             rows = rows[:, None] if rows.ndim == 1 else rows  # (B, N)
             into = actions.segment.clamp(min=0)
@@ -319,6 +324,7 @@ class ShiQTrainer(Trainer):
                 real.sum(), actions.real.sum(), dv.sum(), rho.sum(), rho.abs().sum(), ratio.sum(),
                 actions.of(batch.rewards[:, 1:].to(rho.dtype)).sum(),
                 (side > 0).sum(), implied[side > 0].sum(), (side < 0).sum(), implied[side < 0].sum(),
+                loss, size,
             )  # fmt: skip
             new = torch.stack([x.to(torch.float64) for x in found])
             self.sums[part] = new if part not in self.sums else self.sums[part] + new
@@ -333,13 +339,14 @@ class ShiQTrainer(Trainer):
         }  # fmt: skip
         if s["good"] and s["bad"]:
             means["margin"] = s["good_return"] / s["good"] - s["bad_return"] / s["bad"]
+        if part == "eval" and s["size"]:  # the engine's is a mean over batches, and so depends on their size
+            means["loss"] = s["loss"] / s["size"]
         return means
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The engine's numbers and ours: train metrics beside a train loss, eval_ metrics beside an eval loss."""
-        for part, prefix, beside in (("eval", "eval_", "eval_loss"), ("train", "", "loss")):
-            if part in self.sums and beside in logs:
-                logs.update({prefix + name: value for name, value in self._metrics(part).items()})
+        """The engine's numbers, and train metrics beside a train loss; those of an evaluation are in its output."""
+        if "train" in self.sums and "loss" in logs:
+            logs.update(self._metrics("train"))
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -357,14 +364,23 @@ class ShiQTrainer(Trainer):
         if self.args.should_save and self.reference_hash:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / REFERENCE_FILE).write_text(json.dumps({"reference": self.reference_hash}))
+            (folder / REFERENCE_FILE).write_text(json.dumps({"reference": self.reference_hash, "run": self._run()}))
         super()._save_checkpoint(model, trial)
+
+    def _run(self) -> dict[str, Any]:
+        """What a run that goes on should share with its beginning."""
+        data = data_hash(self.train_dataset.rows) if isinstance(self.train_dataset, Rows) else ""
+        return {"loss": self.args.loss, "reduction": self.args.reduction, "data": data, **self.args.loss_options}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Refuses a checkpoint that was trained against another reference."""
         path = Path(resume_from_checkpoint) / REFERENCE_FILE
         if path.exists() and self.reference_hash:
-            said = json.loads(path.read_text())["reference"]
+            kept = json.loads(path.read_text())
+            said = kept["reference"]
+            changed = [name for name, value in self._run().items() if kept.get("run", {}).get(name, value) != value]
+            if changed:
+                logger.warning("the run goes on with another %s than it began with", ", ".join(changed))
             if said != self.reference_hash:
                 remedy = "Make the trainer with the model that the run began with; the checkpoint's weights are loaded on top."
                 raise bad("resume_from_checkpoint", "a run against this reference", f"one against {said[:12]}", remedy)
@@ -373,7 +389,8 @@ class ShiQTrainer(Trainer):
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     """The newest checkpoint that was written to its end: the engine writes trainer_state.json last. None if there is none."""
-    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+    numbered = (p for p in Path(folder).glob("checkpoint-*") if p.name.rpartition("-")[2].isdecimal())
+    found = sorted(numbered, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
     return next((str(path) for path in found if _whole(path / "trainer_state.json")), None)
 
 

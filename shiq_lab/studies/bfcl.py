@@ -28,6 +28,7 @@ SCORES = {
     "implied": "implied return, after",
     "length": "number of tokens, for comparison",
 }
+ENOUGH = 5  # entries that a kind of wrong rows must occur in to be told
 CHECKED = 16  # held-out rows whose log-ratios are looked at before training, too
 # Each log-sum-exp, near 20, is rounded in float32 after 30 layers that sum in another order where padding differs; a row has
 # some 70 policy tokens.
@@ -158,7 +159,7 @@ def summarise(settings: Settings, records: list[Record]) -> Numbers:
     kinds: Numbers = {}
     for kind in PERTURBATIONS:
         with_kind = [part for part in ranked if auc(part, "implied", kind) is not None]
-        if with_kind:
+        if len(with_kind) >= ENOUGH:
             kinds[kind] = {s: _mean([auc(part, s, kind) for part in with_kind]) for s in SCORES}
     runs = [record.numbers for record in records]
     return {
@@ -272,7 +273,7 @@ def draw(result: Result) -> "Figure":
         y = np.array([[s["value"], s["low"], s["high"]] for s in shown]).T
         middle.errorbar(x, y[0], np.abs(y[1:] - y[0]), fmt="o", ms=4, color=PALETTE[colors[score]], label=text)
     middle.axhline(0.5, color=GREY, lw=0.8, ls=":")
-    middle.set_xticks(range(len(groups)), [name.replace(" ", "\n") for name in groups])
+    middle.set_xticks(range(len(groups)), [name.replace(" ", "\n") for name in groups], fontsize=8)
     middle.set(ylabel="AUC within an entry", ylim=(-0.03, 1.03))
     rows = [row for record in result.records for row in record.numbers["rows"]]
     low, high = np.quantile([row["implied"] for row in rows], [0.01, 0.99])

@@ -2,6 +2,7 @@
 
 from shiq_lab.errors import unknown
 from shiq_lab.studies.ablation import ABLATION, ABLATION_TINY
+from shiq_lab.studies.bfcl import BFCL
 from shiq_lab.studies.data_size import DATA_SIZE
 from shiq_lab.studies.every_loss import EVERY_LOSS
 from shiq_lab.studies.frame import Study
@@ -17,7 +18,7 @@ from shiq_lab.studies.tiny_truth import TINY
 
 _ALL: tuple[Study, ...] = (
     TINY, EVERY_LOSS, REWARD_KL, ABLATION, ABLATION_TINY, OFF_POLICY, OFF_POLICY_TINY, REWARD_LEVEL, HORIZON, MULTI_TURN,
-    MULTI_TURN_TINY, DATA_SIZE, METRIC, REAL_LM, SCALE,
+    MULTI_TURN_TINY, DATA_SIZE, METRIC, REAL_LM, BFCL, SCALE,
 )  # fmt: skip
 STUDIES: dict[str, Study] = {study.name: study for study in _ALL}
 
