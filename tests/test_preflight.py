@@ -486,6 +486,8 @@ def test_every_check_has_a_bug() -> None:
     from shiq_lab.hf.preflight_checks import CHECKS
 
     assert {check for check, _ in BUGS.values()} == {check.name for check in CHECKS}
+    readme = " ".join((Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8").split())
+    assert f"through {len(CHECKS)} checks" in readme and f"{len(BUGS)} bugs planted in configuration" in readme
 
 
 @pytest.mark.parametrize("model", [_absolute, _scaled])

@@ -182,10 +182,11 @@ def test_other_code_is_measured_again(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 INTERRUPTED = """
-import sys, torch
+import signal, sys, torch
 sys.path.insert(0, {here!r})
 from test_study_frame import run, study
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
     run(study(seeds=40, log={log!r}, pause=0.1), cache={cache!r}, jobs=2)
 """
 
