@@ -624,6 +624,7 @@ def test_one_shard_is_the_whole(alone: None) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_shards_equal_the_whole(size: int, tmp_path: Path) -> None:
+    """Every rank asserts in rank_main; what one of them raises, spawn raises here."""
     torch.multiprocessing.spawn(rank_main, (size, str(tmp_path / "store")), nprocs=size)
 
 

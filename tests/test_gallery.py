@@ -210,6 +210,9 @@ def test_figures_from_the_command_line(
         (["figures", "tiny", "--redraw", "--out", "nowhere"], "--redraw: expected nowhere/tiny.json, an earlier result, got"),
     ],
 )
-def test_bad_input(words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, *words) == 2
     assert re.sub(r"\s+", " ", message) in " ".join(capsys.readouterr().err.split())
