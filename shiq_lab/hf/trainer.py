@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from itertools import islice
@@ -161,13 +162,13 @@ class ShiQTrainer(Trainer):
         """Every token that the policy chose must be one that it may say."""
         if self.among is None:
             return
-        may = set(self.among.tolist())
         for i, row in enumerate(rows):
-            for place, (token, acts) in enumerate(zip(row.input_ids, row.completion_mask, strict=True)):
-                if acts and token not in may:
-                    raise bad(
-                        f"{name} row {i}, column input_ids", "actions among allowed_tokens", f"{token} at position {place}"
-                    )
+            ids = torch.tensor(row.input_ids)
+            lost = (torch.tensor(row.completion_mask) == 1) & ~torch.isin(ids, self.among.cpu())
+            if lost.any():
+                place = int(lost.nonzero()[0])
+                found = f"{int(ids[place])} at position {place}"
+                raise bad(f"{name} row {i}, column input_ids", "actions among allowed_tokens", found)
 
     def _prepare_reference(self, parts: Sequence[Rows]) -> None:
         """Each row's reference statistics, from the cache or computed now; nothing where they are made at every step."""
@@ -222,7 +223,7 @@ class ShiQTrainer(Trainer):
             places["packing"] = self.args.packing
         else:
             places |= {"side": self.args.padding_side, "multiple": self.args.pad_to_multiple_of}
-        numbered = [Row(**{**vars(row), "group": i}) for i, row in enumerate(rows)]
+        numbered = [replace(row, group=i) for i, row in enumerate(rows)]  # a place in `items`, to be packed along
         tensors = collate(numbered, **places)
         sides = torch.tensor([item["side"] for item in items])
         number = tensors["group_ids"]
