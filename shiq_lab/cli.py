@@ -31,6 +31,7 @@ from shiq_lab.mdp import TokenMDP
 # A pipe has no width of its own; and a narrow terminal wraps a table better than cut numbers would read.
 out = Console(width=None if sys.stdout.isatty() and Console().width >= 100 else 110)
 err = Console(stderr=True)
+HF = ("accelerate", "datasets", "peft", "safetensors", "tokenizers", "transformers", "trl", "yaml")  # what the extra hf brings
 TRAITS = ", ".join(field.name for field in fields(Traits))
 
 
@@ -609,15 +610,6 @@ def make_figures(
     raise typer.Exit(0 if fine else 1)
 
 
-@contextmanager
-def _needs_hf() -> Iterator[None]:
-    """A missing extra is one line that names it, not a traceback."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise bad("shiq-lab", "the extra hf", f"no module {error.name!r}", 'pip install "shiq-lab[hf]"') from None
-
-
 @app.command("preflight")
 def look_before_training(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="The YAML file of train-hf.")],
@@ -629,8 +621,8 @@ def look_before_training(
     markdown: Annotated[str | None, typer.Option(metavar="FILE", help="A summary in Markdown.")] = None,
 ) -> None:
     """Before the large run: your model, template, data and settings, one step, on a CPU. Exit 0: all checks hold; 1; 2."""
-    with _needs_hf():
-        from shiq_lab.hf import preflight
+    from shiq_lab.hf import preflight
+
     files = {"json": json_, "junit": junit, "html": html, "markdown": markdown}
     raise typer.Exit(preflight.run_command(config, rows=rows, show_rows=show, **files, out=out, err=err))
 
@@ -642,8 +634,8 @@ def train_full_size(
     json_: Json = False,
 ) -> None:
     """Train a transformers model by the same loss function; several processes: accelerate launch $(which shiq-lab) train-hf."""
-    with _needs_hf():
-        from shiq_lab.hf import run
+    from shiq_lab.hf import run
+
     found = run.train(run.read(config), resume=not fresh)
     if int(os.environ.get("RANK", 0)) > 0:
         return None  # the first of several processes speaks for all
@@ -673,6 +665,10 @@ def main() -> None:
     """Entry point: bad input is one line on standard error and exit code 2, never a traceback."""
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError):
+            if (error.name or "").partition(".")[0] not in HF:
+                raise
+            error = bad("shiq-lab", "the extra hf", f"no module {error.name!r}", 'In a clone: pip install -e ".[hf]"')
         err.print("[red]error[/red] " + escape(str(error)), soft_wrap=True, highlight=False)
         sys.exit(2)

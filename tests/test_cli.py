@@ -545,3 +545,28 @@ def test_the_table_says_what_its_words_mean(call, monkeypatch: pytest.MonkeyPatc
     _, text, _ = call("selftest", "--table")
     said = f"no: at least {'a million' if fixed_points.APART == 1e6 else fixed_points.APART} times the rounding"
     assert said in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    "words", [["train-hf", "x.yaml"], ["preflight", "x.yaml"], ["study", "scale", "--jobs", "1", "--fresh"]]
+)
+def test_a_missing_extra_is_named(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Without transformers: one line and exit code 2; any other missing module is a bug of ours, and stays a traceback."""
+    hidden = [name for name in sys.modules if name.partition(".")[0] in cli.HF or name.startswith("shiq_lab.hf")]
+    for name in {*cli.HF, *hidden} - {"shiq_lab.hf"}:
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in hidden:
+        if name.startswith("shiq_lab.hf"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "argv", ["shiq-lab", *words])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = " ".join(capsys.readouterr().err.split())
+    assert ended.value.code == 2 and "error shiq-lab: expected the extra hf, got no module" in said
+    assert said.endswith('In a clone: pip install -e ".[hf]"')
+    monkeypatch.setattr(cli, "app", lambda: __import__("no_such_module"))
+    with pytest.raises(ModuleNotFoundError):
+        cli.main()

@@ -1,1 +1,1 @@
-"""Hugging Face: the oracle as a real model, trainers to check. Needs the extra: pip install "shiq-lab[hf]"."""
+"""Full size on transformers: the trainer and its data, preflight, real models, trainers to check. Needs the extra hf."""
